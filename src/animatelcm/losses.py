@@ -1,0 +1,37 @@
+"""Distances between predictions: one number a clip; the loop takes the mean over clips."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mse(diff: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the mean of squares, in float32."""
+    return diff.float().square().flatten(1).mean(1)
+
+
+def pseudo_huber(diff: Tensor, c: float = 1e-3) -> Tensor:
+    """(B, ...) -> (B,): the mean over elements of sqrt(diff^2 + c^2) - c, in float32; c in latent units.
+
+    This is how LCM and AnimateLCM are trained in released code; the paper writes `pseudo_huber_norm`.
+    """
+    return _huber(diff.float().square(), c).flatten(1).mean(1)
+
+
+def pseudo_huber_norm(diff: Tensor, c: float = 1e-3) -> Tensor:
+    """(B, ...) -> (B,): sqrt(||diff||^2 + c^2) - c over the whole clip (AnimateLCM, below eq. 10)."""
+    return _huber(diff.float().square().flatten(1).sum(1), c)
+
+
+def step_weight(index: Tensor, n: int, delta: float, gamma: float) -> Tensor:
+    """lambda_n = (1 - delta * n / N)^gamma of AnimateLCM's eq. 10: less weight to noisier steps.
+
+    index (B,) int64 in 0..N-1 is the solver's, so eq. 10 compares timesteps[index] with its predecessor.
+    """
+    return (1 - delta * index.float() / n) ** gamma
+
+
+def _huber(square: Tensor, c: float) -> Tensor:
+    # sqrt(d^2 + c^2) - c without the cancellation that would lose every d below about c / 3000.
+    return square / (torch.sqrt(square + c**2) + c)
