@@ -1,0 +1,206 @@
+"""Still images on disk, the words that travel inside files, and writing that never leaves half a file.
+
+Every file written here or by ``video`` carries a note where its format has room for words: JSON with the
+caller's metadata and, for videos, frame rate and number of frames. That is text chunk ``Comment`` (png), EXIF
+ImageDescription (jpg, webp), comment extension (gif), tag ``comment`` (mp4), ``metadata.json`` (folder).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# All that Pillow and PyAV were seen to raise on damaged bytes.
+_DECODER_ERRORS = (
+    av.FFmpegError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+_LABEL_HEIGHT = 14  # pixels: a line of Pillow's default font
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """uint8 (H, W, 3) RGB, the right way up (EXIF), transparency over white, 16 bits rounded to 8."""
+    with explained(Path(path)), Image.open(path) as image:
+        return rgb(ImageOps.exif_transpose(image))
+
+
+def write_image(
+    array: np.ndarray,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write uint8 (H, W, 3) as .png, .webp (both exact) or .jpg; the path comes back."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"cannot write {path.name!r} as an image: choose {', '.join(_FORMATS)}")
+    check_free(path, overwrite)
+    note, frames = Note.checked(metadata), checked_pixels(array, 3)[None]
+    with replacing(path) as partial:
+        save(frames, partial, _FORMATS[path.suffix.lower()], note, quality=95, lossless=True)
+    return path
+
+
+def contact_sheet(
+    rows: Sequence[np.ndarray], labels: Sequence[str] | None = None, columns: int = 8, *, gap: int = 2
+) -> np.ndarray:
+    """One row a clip (F, H, W, 3), evenly spaced frames from first to last, on white: uint8 (H', W', 3)."""
+    if len({row.shape[1:] for row in rows}) != 1 or (labels is not None and len(labels) != len(rows)):
+        raise ValueError("a contact sheet needs clips of one size, and as many labels as clips")
+    height, width = rows[0].shape[1:3]
+    columns, band = min(columns, max(map(len, rows))), 0 if labels is None else _LABEL_HEIGHT
+    pitch = height + band + gap
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * pitch + gap), "white")
+    for r, row in enumerate(rows):
+        if labels is not None:
+            ImageDraw.Draw(sheet).text((gap, r * pitch + gap), labels[r], fill="black")
+        for c, index in enumerate(np.linspace(0, len(row) - 1, min(len(row), columns)).round().astype(int)):
+            sheet.paste(Image.fromarray(row[index]), (c * (width + gap) + gap, r * pitch + gap + band))
+    return np.array(sheet)
+
+
+class Note(NamedTuple):
+    """The words in a file; empty where they are somebody else's."""
+
+    metadata: dict[str, str]
+    fps: Fraction | None = None
+    num_frames: int = 1
+
+    @classmethod
+    def checked(
+        cls, metadata: Mapping[str, str] | None, fps: Fraction | None = None, num_frames: int = 1
+    ) -> Note:
+        words = dict(metadata or {})
+        if wrong := [key for key in words if not (isinstance(key, str) and isinstance(words[key], str))]:
+            raise ValueError(
+                f"metadata must map str to str, {wrong[0]!r} does not; json.dumps makes a str of anything"
+            )
+        return cls(words, fps, num_frames)
+
+    @classmethod
+    def parse(cls, words: str | bytes) -> Note:
+        try:
+            fields = json.loads(words)
+            metadata = {str(key): str(value) for key, value in fields.get("metadata", {}).items()}
+            if "fps" not in fields:
+                return cls(metadata)
+            return cls(metadata, to_fraction(fields["fps"]), int(fields["num_frames"]))
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+            return cls({})
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Note:
+        words = image.info.get("comment") or image.info.get("Comment")
+        return cls.parse(words or image.getexif().get(ExifTags.Base.ImageDescription, ""))
+
+    def to_json(self) -> str:
+        timing = {} if self.fps is None else {"fps": str(self.fps), "num_frames": self.num_frames}
+        return json.dumps({**timing, "metadata": self.metadata})  # pure ASCII: no container can spoil it
+
+    def delays(self, unit: int) -> list[int]:
+        """Milliseconds a frame, multiples of ``unit``, whose running sum strays by half a unit at most."""
+        assert self.fps is not None
+        ends = [round(1000 * i / self.fps / unit) * unit for i in range(self.num_frames + 1)]
+        return [end - begin for begin, end in pairwise(ends)]
+
+
+def to_fraction(fps: float | str | Fraction) -> Fraction:
+    """The simple fraction that is meant: 23.976023976... is 24000/1001."""
+    return Fraction(fps).limit_denominator(1001)
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """What a viewer with a white background shows: uint8 (H, W, 3)."""
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def save(frames: np.ndarray, path: Path, file_format: str, note: Note, **options: object) -> None:
+    """Pillow's formats, with the note where each keeps words; more than one frame for GIF and WEBP only."""
+    if file_format == "GIF":
+        options["comment"] = note.to_json().encode()
+    elif file_format == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_text("Comment", note.to_json())
+        options["pnginfo"] = text
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = note.to_json()
+        options["exif"] = exif
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    if file_format in ("GIF", "WEBP"):
+        options |= {"save_all": True, "append_images": rest, "loop": 0}
+    first.save(path, file_format, **options)
+
+
+def checked_pixels(array: np.ndarray, ndim: int) -> np.ndarray:
+    """The array itself, if it is uint8 and ends in (H, W, 3)."""
+    if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or not array.size:
+        shape = "(F, H, W, 3)" if ndim == 4 else "(H, W, 3)"
+        raise ValueError(
+            f"uint8 {shape} is needed, got {array.dtype} {array.shape}; video.to_uint8 rounds floats"
+        )
+    return array
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Nothing is overwritten unasked."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another name or ask to overwrite it")
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Whatever a decoder complains of becomes one sentence that names the file."""
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {path}")
+    try:
+        yield
+    except _DECODER_ERRORS as error:
+        raise ValueError(
+            f"cannot read {path} ({error}): truncated, corrupt or of another format; remove or remake it"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` that becomes ``path`` at the end, be it file or folder; failing leaves none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    partial, former = path.with_name(f".{path.name}.{token}.new"), path.with_name(f".{path.name}.{token}.old")
+    try:
+        yield partial
+        if partial.is_dir() and path.is_dir():  # a folder that is not empty cannot be replaced
+            path.rename(former)
+        partial.replace(path)
+    finally:
+        shutil.rmtree(former, ignore_errors=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        pass

@@ -1,0 +1,236 @@
+"""Videos on disk (mp4, gif, webp, png sequence): with ``images``, the only door for pixels.
+
+Frames are uint8 (F, H, W, 3) RGB. GIF and WebP know delays in whole units of 10 and 1 ms and merge equal
+neighbours, so it is the note inside our files (see ``images``) that gives frames and frame rate back exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from animatelcm.images import (
+    IMAGE_SUFFIXES,
+    Note,
+    check_free,
+    checked_pixels,
+    contact_sheet,
+    explained,
+    read_image,
+    replacing,
+    rgb,
+    save,
+    to_fraction,
+    write_image,
+)
+from animatelcm.streams import Decoded, Header, Window, probe_stream, read_stream, write_mp4
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Footage",
+    "Header",
+    "check_path",
+    "contact_sheet",
+    "probe",
+    "read",
+    "read_image",
+    "read_metadata",
+    "to_uint8",
+    "write",
+    "write_image",
+]
+
+VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm", ".webp")  # .gif, .webp: or a still
+DEFAULT_QUALITY = 85
+
+_MAX_FPS = {"": 1000, ".mp4": 1000, ".gif": 50, ".webp": 100}  # players show faster gifs and webps at 10
+_BROWSER_FPS = Fraction(10)  # what they show where a file has no delays
+
+
+class Footage(NamedTuple):
+    """Frames uint8 (F, H, W, 3), the file's frames per second, and the metadata it was written with."""
+
+    frames: np.ndarray
+    fps: Fraction
+    metadata: dict[str, str]
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] -> the nearest of 256 levels; what lies outside is clipped, NaN is an error."""
+    if not np.issubdtype(frames.dtype, np.floating) or np.isnan(frames).any():
+        raise ValueError(
+            f"floats without NaN are needed, got {frames.dtype}; NaN means that the model overflowed"
+        )
+    return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
+
+
+def write(
+    frames: np.ndarray,
+    path: str | Path,
+    *,
+    fps: float | Fraction,
+    quality: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write frames as .mp4 (H.264), .gif, .webp or, at a path without suffix, png sequence; returns the path.
+
+    ``quality`` is 0..100, higher is better, for the lossy formats: mp4 has crf = 51 - 0.43 * quality, webp
+    its own scale, 100 being lossless. A gif of <= 256 colours a frame and png are exact.
+    """
+    path = check_path(path, overwrite=overwrite)
+    kind, rate = path.suffix.lower(), to_fraction(fps)
+    if not 0 < rate <= _MAX_FPS[kind]:
+        raise ValueError(f"fps={fps}, but {kind or 'a png sequence'} takes 0 < fps <= {_MAX_FPS[kind]}")
+    if quality is not None and (kind in ("", ".gif") or not 0 <= quality <= 100):
+        raise ValueError(f"quality={quality}: .mp4 and .webp take 0..100, .gif and png sequences take none")
+    note = Note.checked(metadata, rate, len(frames))
+    frames = np.ascontiguousarray(checked_pixels(frames, 4))
+    with replacing(path) as partial:
+        _WRITERS[kind](frames, partial, note, DEFAULT_QUALITY if quality is None else quality)
+    return path
+
+
+def read(
+    path: str | Path, *, num_frames: int | None = None, stride: float | Fraction = 1, start: int = 0
+) -> Footage:
+    """Frames floor(start + i * stride), i < num_frames (None: to the end); ``fps`` stays that of the file.
+
+    Streams are decoded from a key frame before ``start``; of a png sequence only these frames are opened.
+    """
+    if start < 0 or stride < 1 or (num_frames is not None and num_frames < 1):
+        raise ValueError(
+            f"start={start}, stride={stride}, num_frames={num_frames}: at least 0, 1 and 1 are needed"
+        )
+    path, window = Path(path), Window(start, Fraction(stride), num_frames)
+    with explained(path):
+        images, fps, metadata = _READERS.get(_kind(path), read_stream)(path, window)
+        frames = np.stack(images) if images else np.empty((0, 0, 0, 3), np.uint8)
+    if len(frames) < (num_frames or 1):
+        raise ValueError(f"{path} is too short for start={start}, stride={stride}, num_frames={num_frames}")
+    return Footage(frames, fps, metadata)
+
+
+def probe(path: str | Path) -> Header:
+    """Length, frame rate and metadata; only a gif or webp from elsewhere is decoded, for its frame rate."""
+    path = Path(path)
+    with explained(path):
+        return _PROBES.get(_kind(path), probe_stream)(path)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata that ``write`` or ``write_image`` was given; empty for files from elsewhere."""
+    return probe(path).metadata
+
+
+def check_path(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Say now, rather than after the work, why a video could not be written at ``path``."""
+    path = Path(path)
+    if path.suffix.lower() not in _WRITERS:
+        raise ValueError(
+            f"cannot write {path.name!r}: choose .mp4, .gif, .webp, or no suffix for a png sequence"
+        )
+    names = [file.name for file in path.iterdir()] if path.is_dir() else None
+    if strange := [name for name in names or () if not re.fullmatch(r"\d{5,}\.png|metadata\.json", name)]:
+        raise ValueError(
+            f"the folder {path} holds more than a png sequence, e.g. {strange[0]!r}; choose another"
+        )
+    if names != []:
+        check_free(path, overwrite)
+    return path
+
+
+def _kind(path: Path) -> str:
+    return "" if path.is_dir() else path.suffix.lower()
+
+
+# Animations: gif and webp
+
+
+def _write_gif(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
+    save(frames, path, "GIF", note, duration=note.delays(10))
+
+
+def _write_webp(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
+    save(frames, path, "WEBP", note, duration=note.delays(1), quality=quality, lossless=quality == 100)
+
+
+def _probe_animation(path: Path) -> Header:
+    with Image.open(path) as image:
+        note, stored = Note.of(image), getattr(image, "n_frames", 1)
+    if note.fps is not None or stored == 1:
+        return Header(note.num_frames, note.fps, note.metadata)
+    images, fps, metadata = _read_animation(path, Window(0, Fraction(1), None))
+    return Header(len(images), fps, metadata)
+
+
+def _read_animation(path: Path, window: Window) -> Decoded:
+    if path.suffix.lower() == ".gif" and path.read_bytes().rstrip(b"\0")[-1:] != b";":
+        raise ValueError("its end is missing")
+    images, ends = [], [0]
+    with Image.open(path) as image:
+        note = Note.of(image)
+        for index in range(getattr(image, "n_frames", 1)):
+            image.seek(index)
+            images.append(rgb(image))
+            ends.append(ends[-1] + image.info.get("duration", 0))
+    fps = Fraction(1000 * len(images), ends[-1]) if ends[-1] else _BROWSER_FPS
+    # The note holds unless somebody has cut or retimed the file since; a still webp has lost its delay.
+    if note.fps and (len(images) == 1 or abs(1000 * note.num_frames / note.fps - ends[-1]) < 10):
+        fps = note.fps
+        middles = [1000 * (i + Fraction(1, 2)) / fps for i in range(note.num_frames)]
+        images = [images[min(bisect_right(ends, time), len(images)) - 1] for time in middles]
+    return list(window.choose(enumerate(images))), fps, note.metadata
+
+
+# Sequences: a folder of 00000.png, 00001.png, ... and metadata.json
+
+
+def _write_sequence(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
+    path.mkdir()
+    for index, frame in enumerate(frames):
+        save(frame[None], path / f"{index:05}.png", "PNG", Note(note.metadata))
+    (path / "metadata.json").write_text(note.to_json() + "\n", encoding="utf-8")
+
+
+def _sequence(path: Path) -> tuple[list[Path], Note]:
+    files = sorted(path.glob("*.png"), key=lambda file: (len(file.name), file.name))
+    note = Note.parse((path / "metadata.json").read_text(encoding="utf-8"))
+    if note.fps is None or note.num_frames != len(files):
+        raise ValueError(
+            f"metadata.json says {note.num_frames} frames at fps {note.fps}, but {len(files)} are here"
+        )
+    return files, note
+
+
+def _probe_sequence(path: Path) -> Header:
+    files, note = _sequence(path)
+    return Header(len(files), note.fps, note.metadata)
+
+
+def _read_sequence(path: Path, window: Window) -> Decoded:
+    files, note = _sequence(path)
+    assert note.fps is not None
+    return [read_image(file) for file in window.choose(enumerate(files))], note.fps, note.metadata
+
+
+def _probe_image(path: Path) -> Header:
+    with Image.open(path) as image:
+        return Header(1, None, Note.of(image).metadata)
+
+
+_WRITERS = {"": _write_sequence, ".gif": _write_gif, ".mp4": write_mp4, ".webp": _write_webp}
+_READERS = {"": _read_sequence, ".gif": _read_animation, ".webp": _read_animation}
+_PROBES = dict.fromkeys(IMAGE_SUFFIXES, _probe_image) | {
+    "": _probe_sequence,
+    ".gif": _probe_animation,
+    ".webp": _probe_animation,
+}

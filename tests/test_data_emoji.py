@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from animatelcm.data.emoji import COLOURS, VAGUE_CAPTIONS, EmojiClips, EmojiImages, caption, held_out
+from animatelcm.data.sprites import MOTIONS, SMALL_CONCEPTS
+
+
+@pytest.mark.parametrize("kind", [EmojiImages, EmojiClips])
+def test_a_clip_is_a_function_of_seed_and_index(kind):
+    one, two, other = kind(length=50), kind(length=50), kind(length=50, seed=1)
+    for i in (7, 3, 7):  # in any order
+        assert one[i].caption == two[i].caption
+        assert (one[i].frames == two[i].frames).all()
+    assert any((one[i].frames != other[i].frames).any() for i in range(5))
+
+
+def test_shapes():
+    assert EmojiImages(length=9)[0].frames.shape == (1, 64, 64, 3)
+    assert EmojiClips(length=9)[0].frames.shape == (16, 64, 64, 3)
+
+
+def test_captions_read_as_sentences():
+    assert caption("parrot") == "a parrot"
+    assert caption("octopus", style="fluent-flat", motion="spinning", colour="orange") == (
+        "a flat octopus spinning on an orange background"
+    )
+    assert caption("alarm clock", colour="blue") == "an alarm clock on a blue background"
+    assert caption("cherries") == "cherries"
+    assert caption("parrot", style="twemoji") == "a parrot"  # a personal style has no word
+
+
+def test_the_background_is_the_colour_that_the_caption_says():
+    images = EmojiImages(length=200)
+    seen = 0
+    for clip in (images[i] for i in range(200)):
+        if found := re.search(r"on an? (\w+) background", clip.caption):
+            corners = clip.frames[0][[0, 0, -1, -1], [0, -1, 0, -1]].astype(float)
+            wanted = np.array(COLOURS[found[1]]) * 255
+            seen += (np.abs(corners - wanted).max(1) < 15).any()
+        else:
+            seen += (clip.frames[0][[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all(1).any()
+    assert seen == 200
+
+
+def test_held_out_pairs_never_appear_and_every_motion_does():
+    clips = EmojiClips(length=1500, real=0.0)
+    slugs = {clips.pack.concepts[slug].name.lower(): slug for slug in SMALL_CONCEPTS}
+    motions = Counter()
+    for i in range(400):
+        text = clips[i].caption
+        for motion in MOTIONS:
+            if f" {motion}" in text:
+                motions[motion] += 1
+                names = [name for name in slugs if re.search(rf"\b{name} {motion}", text)]
+                assert names, text
+                assert not any(held_out(slugs[name], motion) for name in names)
+    assert set(motions) == set(MOTIONS)
+    share = np.mean([held_out(slug, motion) for slug in SMALL_CONCEPTS for motion in MOTIONS])
+    assert 0.05 < share < 0.15
+
+
+def test_real_clips_move():
+    clips = EmojiClips(length=100, real=1.0)
+    change = [np.abs(np.diff(clips[i].frames.astype(float), axis=0)).mean() for i in range(10)]
+    assert min(change) > 0.1
+
+
+def test_degraded_clips_are_softer_and_vaguer():
+    good, bad = EmojiClips(length=300, real=0.0), EmojiClips(length=300, real=0.0, degrade=True)
+    vague = 0
+    for i in range(40):
+        assert bad[i].frames.shape == good[i].frames.shape
+        vague += bad[i].caption in VAGUE_CAPTIONS
+        edges = [np.abs(np.diff(clip.frames.astype(float), axis=2)).max() for clip in (good[i], bad[i])]
+        assert edges[1] < edges[0] + 60
+        assert (bad[i].frames != good[i].frames).any()
+    assert vague > 20
+
+
+def test_a_personal_style_is_drawn_in_that_style_alone():
+    images = EmojiImages(length=20, styles=("twemoji",))
+    assert not any(word in images[i].caption for i in range(20) for word in ("cartoon", "flat", "3d"))
+
+
+@pytest.mark.parametrize("wrong", [{"length": 0}, {"concepts": ()}, {"styles": ()}, {"concepts": ("no-such-thing",)}])
+def test_senseless_data_sets_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"length|concept"):
+        EmojiImages(**{"length": 5, **wrong})
