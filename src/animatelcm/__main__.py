@@ -1,0 +1,6 @@
+"""``python -m animatelcm``."""
+
+from animatelcm.cli import main
+
+if __name__ == "__main__":
+    main()

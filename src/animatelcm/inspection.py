@@ -1,0 +1,74 @@
+"""What a file is: a bundle, a weight file, or a video made here, as plain facts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from animatelcm import video
+from animatelcm.model import FACTS_FILE, find
+from animatelcm.weights.files import read_header, read_metadata
+
+PARTS = ("unet", "motion_adapter", "vae", "text_encoder")
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts about a bundle's folder (or "emoji"), a .safetensors file or a video, ready for JSON.
+
+    Raises ValueError where a path is none of them.
+    """
+    path = Path(path)
+    if str(path) == "emoji" or (path / "unet").is_dir():
+        return _describe_bundle(find(str(path)))
+    if path.suffix == ".safetensors":
+        return _describe_weights(path)
+    if path.suffix.lower() in video.VIDEO_SUFFIXES or path.is_dir():
+        return _describe_video(path)
+    raise ValueError(
+        f"{path} is neither a model folder, a .safetensors file nor a video ({', '.join(video.VIDEO_SUFFIXES)})"
+    )
+
+
+def _describe_bundle(folder: Path) -> dict[str, Any]:
+    facts = folder / FACTS_FILE
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    files = list(folder.rglob("*.safetensors"))
+    sizes = {part: _count(folder / part) for part in PARTS if (folder / part).is_dir()}
+    return {
+        "kind": "model" if "motion_adapter" in sizes else "image model",
+        "folder": str(folder),
+        "parameters": sum(sizes.values()),
+        **{f"{part} parameters": count for part, count in sizes.items()},
+        "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        "betas": f"{scheduler['beta_schedule']} {scheduler['beta_start']} to {scheduler['beta_end']}",
+        **(json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}),
+    }
+
+
+def _count(folder: Path) -> int:
+    """Parameters in a part's weight files; positions are regenerated and do not count."""
+    tensors = [item for file in folder.glob("*.safetensors") for item in read_header(file).items()]
+    return sum(size for name, (size, _) in tensors if not name.endswith("pos_embed.pe"))
+
+
+def _describe_weights(path: Path) -> dict[str, Any]:
+    tensors = read_header(path)
+    return {
+        "kind": "weights",
+        "file": str(path),
+        "tensors": len(tensors),
+        "parameters": sum(size for size, _ in tensors.values()),
+        "types": ", ".join(sorted({kind for _, kind in tensors.values()})),
+        "megabytes": round(path.stat().st_size / 1e6, 1),
+        "metadata": read_metadata(path),
+        "first": ", ".join(sorted(tensors)[:3]),
+    }
+
+
+def _describe_video(path: Path) -> dict[str, Any]:
+    header = video.probe(path)
+    shape = {"frames": header.num_frames, "fps": float(header.fps or 0)}
+    if "command" not in header.metadata:
+        return {"kind": "video", "file": str(path), **shape, "made by": "unknown: it carries no recipe of ours"}
+    return {"kind": "video", "file": str(path), **shape, **header.metadata}

@@ -1,0 +1,104 @@
+"""What every door speaks: a request for videos, and a video with the recipe that makes it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from animatelcm.model import Facts
+
+Sampler = Literal["lcm", "ddim", "dpm++"]
+LIMITS = {"num_inference_steps": 1000, "num_frames": 64, "height": 4096, "width": 4096, "num_videos_per_prompt": 10_000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One prompt, sampled ``num_videos_per_prompt`` times. None means what the model was made for; aliases are the
+    command line's short names.
+
+    Raises ValueError where a value is out of range.
+    """
+
+    prompt: Positional[str]
+    """What to show, e.g. "a parrot"."""
+    negative_prompt: Annotated[str, arg(aliases=["--negative"])] = ""
+    """What to steer away from; needs guidance_scale > 1."""
+    num_inference_steps: Annotated[int | None, arg(aliases=["--steps"])] = None
+    """Steps of the sampler; with guidance each costs two network evaluations."""
+    guidance_scale: Annotated[float | None, arg(aliases=["--guidance"])] = None
+    """Classifier-free guidance; 1 is off."""
+    num_frames: Annotated[int | None, arg(aliases=["--frames"])] = None
+    """1 draws an image."""
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    """Pixels."""
+    seed: int = 0
+    """Of the first video; the next ones count on from it."""
+    num_videos_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
+    """How many videos."""
+    sampler: Sampler | None = None
+    """lcm: multistep consistency; ddim, dpm++ (DPM-Solver++ 2M): for models that were not distilled."""
+
+    def __post_init__(self) -> None:
+        for name, most in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name}={value} is out of range; choose 1..{most}")
+        if self.guidance_scale is not None and not 1 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance_scale={self.guidance_scale} is out of range; choose 1 (off) to 100")
+        if self.sampler is not None and self.sampler not in get_args(Sampler):
+            raise ValueError(f"sampler={self.sampler!r} is not one of {', '.join(get_args(Sampler))}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is out of range; choose 0..2**63 - 1")
+
+    def resolved(self, facts: Facts, cell: int = 8) -> SampleRequest:
+        """The same request, every None filled in from the model's facts; sides must be multiples of ``cell`` pixels."""
+        names = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        full = replace(self, **{name: getattr(facts, name) for name in names})
+        for name in ("height", "width"):
+            value = getattr(full, name)
+            if value % cell:
+                nearest = max(cell, round(value / cell) * cell)
+                raise ValueError(f"{name}={value} is not a multiple of {cell}; the nearest is {nearest}")
+        return full
+
+    def singles(self) -> list[SampleRequest]:
+        """One request a video, each with its own seed."""
+        return [replace(self, seed=self.seed + i, num_videos_per_prompt=1) for i in range(self.num_videos_per_prompt)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Frames uint8 (F, H, W, 3) at ``fps``, and the resolved request and model that made them."""
+
+    frames: np.ndarray
+    fps: float
+    request: SampleRequest
+    model: str
+    evaluations: int
+    """Network evaluations it took, a guided one counted twice."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def recipe(self, version: str) -> dict[str, str]:
+        """What is written into the file: every field of the request, model, version, and the command."""
+        made = {key: str(value) for key, value in dataclasses.asdict(self.request).items()}
+        return {**made, "model": self.model, "animatelcm": version, "command": command(self.request, self.model)}
+
+
+def command(request: SampleRequest, model: str) -> str:
+    """The command line that makes a resolved request again."""
+    words = ["animatelcm", "generate", request.prompt, "--model", model]
+    words += ["--steps", str(request.num_inference_steps), "--guidance", f"{request.guidance_scale:g}"]
+    if request.negative_prompt:
+        words += ["--negative", request.negative_prompt]
+    words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]
+    words += ["--seed", str(request.seed), "--sampler", str(request.sampler)]
+    return shlex.join(words)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from animatelcm import recipes
+from animatelcm.config import DataConfig, TrainConfig
+
+RECIPES = [recipes.vae_emoji, recipes.base_emoji, recipes.teacher_emoji]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_config_survives_its_file(recipe):
+    assert TrainConfig.from_json(recipe().to_json()) == recipe()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_named_as_its_function(recipe):
+    assert recipe().name == recipe.__name__
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"stpes": 5}, "stpes"),
+        ({"steps": "many"}, "steps"),
+        ({"lr_schedule": "wavy"}, "wavy"),
+        ({"data": {"kind": "emoji-images", "lenght": 3}}, "lenght"),
+        ({"steps": 0}, "steps"),
+        ({"text_dropout": 1.5}, "text_dropout"),
+    ],
+)
+def test_a_wrong_field_is_named(change, named):
+    values = json.loads(recipes.base_emoji().to_json()) | change
+    with pytest.raises(ValueError, match=named):
+        TrainConfig.from_json(json.dumps(values))
+
+
+def test_a_missing_field_is_an_error():
+    with pytest.raises(ValueError, match="objective"):
+        TrainConfig.from_json('{"name": "x", "trainable": "motion"}')
+
+
+def test_fields_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="motion"):
+        replace(recipes.teacher_emoji(), data=DataConfig(kind="emoji-images"))
+    with pytest.raises(ValueError, match="folder"):
+        DataConfig(kind="folder")

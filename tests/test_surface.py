@@ -1,0 +1,37 @@
+"""The public surface: names, fields (which are flags too), recipes. Edit ``surface.txt`` on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import animatelcm
+from animatelcm import cli, recipes
+from animatelcm.config import DataConfig, TrainConfig
+from animatelcm.model import Facts
+from animatelcm.request import SampleRequest, Video
+
+RECORD = Path(__file__).with_name("surface.txt")
+
+
+def _surface() -> list[str]:
+    lines = [f"animatelcm.{name}" for name in animatelcm.__all__]
+    for kind in (SampleRequest, Video, Facts, TrainConfig, DataConfig, cli.Generate, cli.Inspect, cli.RunOptions):
+        lines += [f"{kind.__name__}.{field.name}" for field in fields(kind)]
+    lines += [
+        f"recipe {name}"
+        for name, value in vars(recipes).items()
+        if getattr(value, "__module__", "") == recipes.__name__
+    ]
+    return sorted(lines)
+
+
+def test_the_surface_is_the_recorded_one():
+    assert "\n".join(_surface()) == RECORD.read_text().strip()
+
+
+def test_every_public_name_resolves():
+    for name in animatelcm.__all__:
+        assert getattr(animatelcm, name) is not None
+    assert callable(animatelcm.sample)  # whatever was imported before
+    assert callable(animatelcm.train)

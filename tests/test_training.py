@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from animatelcm import recipes
+from animatelcm.config import DataConfig
+from animatelcm.training import learning_rate, named_trainable, open_source, train
+
+
+def _tiny(recipe, out, **changes):
+    data = {"length": 8, "cache": True} | changes.pop("data", {})
+    base = replace(recipe(), model="new", out=out, batch_size=2, save_every=1000, sample_prompts=(), log_every=5)
+    return replace(base, data=replace(base.data, **data), **changes)
+
+
+def _run(config, **options):
+    train(config, **options)
+    (last,) = sorted((config.folder / "checkpoints").iterdir())[-1:]
+    return {name: load_file(last / f"{name}.safetensors") for name in ("weights", "ema", "optimizer")}
+
+
+def _equal(one, two):
+    return all(one[p].keys() == two[p].keys() and all(torch.equal(one[p][k], two[p][k]) for k in one[p]) for p in one)
+
+
+@pytest.mark.parametrize("recipe", [recipes.base_emoji, recipes.vae_emoji])
+def test_forty_steps_are_twenty_and_twenty_bit_for_bit(recipe, tmp_path):
+    whole = _run(_tiny(recipe, tmp_path / "whole", steps=40))
+    halves = _tiny(recipe, tmp_path / "halves", steps=40)
+    _run(halves, stop_after=20)
+    assert _equal(_run(halves, resume=True), whole)
+    other = _run(_tiny(recipe, tmp_path / "other", steps=40, seed=1))
+    assert not _equal(other, whole)
+
+
+def test_an_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch):
+    config = _tiny(recipes.base_emoji, tmp_path, steps=30)
+    from animatelcm import training
+
+    ordinary = training._after_step
+
+    def interrupting(*arguments):
+        ordinary(*arguments)
+        if arguments[3].step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "_after_step", interrupting)
+    train(config)
+    (saved,) = (config.folder / "checkpoints").iterdir()
+    assert json.loads((saved / "manifest.json").read_text())["step"] == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_what_a_recipe_names_is_trained(tmp_path):
+    base, teacher = tmp_path / "base", tmp_path / "teacher"
+    config = _tiny(recipes.base_emoji, base, steps=2)
+    train(config)
+    motion = _tiny(recipes.teacher_emoji, teacher, steps=2)
+    motion = replace(motion, model=str(config.folder / "model"))
+    train(motion)
+    from animatelcm.model import load
+
+    before, after = load(config.folder / "model"), load(motion.folder / "model")
+    for part in ("vae", "text_encoder", "unet"):
+        old, new = before.networks[part].state_dict(), after.networks[part].state_dict()
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    assert any(
+        value.abs().max() > 0
+        for key, value in after.unet.state_dict().items()
+        if "motion_modules" in key and "proj_out" in key and "transformer" not in key
+    )
+    assert set(after.facts.trained) == {"base_emoji", "teacher_emoji"}
+
+
+def test_trainable_parts_do_not_overlap_and_cover_everything(fresh_model):
+    parts = [
+        {name for name, _ in named_trainable(fresh_model, replace(recipes.teacher_emoji(), trainable=kind))}
+        for kind in ("autoencoder", "image", "motion")
+    ]
+    everything = {f"{part}.{name}" for part, net in fresh_model.networks.items() for name, _ in net.named_parameters()}
+    assert sum(map(len, parts)) == len(everything)
+    assert set.union(*parts) == everything
+
+
+def test_the_rate_warms_up_and_comes_down():
+    config = replace(recipes.base_emoji(), steps=1000, warmup_steps=100, learning_rate=1.0, lr_schedule="onecycle")
+    rates = [learning_rate(config, step) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[99] == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (99, 100)
+    assert rates[999] == pytest.approx(0.01, abs=1e-4)
+    assert all(a >= b for a, b in pairwise(rates[100:]))
+
+
+def test_a_run_is_not_started_over_by_accident(tmp_path):
+    config = _tiny(recipes.base_emoji, tmp_path, steps=1)
+    train(config)
+    with pytest.raises(ValueError, match="resume"):
+        train(config)
+
+
+def test_cached_latents_are_those_of_the_pixels(fresh_model, tmp_path):
+    config = _tiny(recipes.base_emoji, tmp_path)
+    cached = open_source(config, fresh_model).batches([3, 1])
+    fresh = open_source(replace(config, data=replace(config.data, cache=False)), fresh_model).batches([3, 1])
+    assert cached.captions == fresh.captions
+    with torch.no_grad():
+        wanted = fresh_model.encode(fresh.pixels)
+    assert torch.allclose(cached.latents, wanted, atol=2e-3 * wanted.abs().max().item())  # kept in fp16
+    (made,) = (tmp_path / "cache").iterdir()
+    stamp = made.stat().st_mtime_ns
+    open_source(config, fresh_model)
+    assert made.stat().st_mtime_ns == stamp
+    open_source(replace(config, data=DataConfig(length=8, seed=9)), fresh_model)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # other data, other file
+
+
+def test_a_run_keeps_its_config_and_metrics(tmp_path):
+    config = _tiny(recipes.base_emoji, tmp_path, steps=10, sample_every=10)
+    config = replace(config, sample_prompts=("a parrot",))
+    train(config)
+    from animatelcm.config import TrainConfig
+
+    assert TrainConfig.from_json((config.folder / "config.json").read_text()) == config
+    lines = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10]
+    assert all(line["loss"] > 0 for line in lines)
+    assert list((config.folder / "tensorboard").iterdir())
+    assert [p.name for p in (config.folder / "samples").iterdir()] == ["step-00000010.png"]
+
+
+def test_a_folder_of_ones_own_pictures_trains(tmp_path):
+    from animatelcm import video
+    from animatelcm.data.emoji import EmojiImages
+
+    images = EmojiImages(length=4)
+    (tmp_path / "mine").mkdir()
+    for i in range(4):
+        video.write_image(images[i].frames[0], tmp_path / "mine" / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": images[i].caption}) for i in range(4)]
+    (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(lines))
+    config = _tiny(recipes.base_emoji, tmp_path / "out", steps=2)
+    config = replace(config, data=DataConfig(kind="folder", path=tmp_path / "mine", num_frames=1))
+    assert (train(config) / "animatelcm.json").is_file()
