@@ -203,4 +203,4 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(former, ignore_errors=True)
         if partial.is_dir():
             shutil.rmtree(partial)
-        pass
+        partial.unlink(missing_ok=True)

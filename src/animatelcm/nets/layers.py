@@ -30,9 +30,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, context_channels: int | None = None) -> None:
         super().__init__()
         if channels % heads:
-            raise ValueError(
-                f"{channels} channels do not split into {heads} attention heads; choose a divisor"
-            )
+            raise ValueError(f"{channels} channels do not split into {heads} attention heads; choose a divisor")
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
@@ -95,9 +93,7 @@ class TimeEmbedding(nn.Module):
         x = self._sinusoid(t).to(self.linear_1.weight.dtype)
         if condition is not None:
             if self.cond_proj is None:
-                raise ValueError(
-                    "timestep_cond was given to a network without time_cond_proj_dim; leave it out"
-                )
+                raise ValueError("timestep_cond was given to a network without time_cond_proj_dim; leave it out")
             x = x + self.cond_proj(condition.to(x.dtype))
         return self.linear_2(F.silu(self.linear_1(x)))
 

@@ -86,9 +86,7 @@ def _single(config: Mapping[str, Any], key: str, default: int | None) -> Any:  #
     if not isinstance(value, list | tuple):
         return value
     if len(set(map(str, value))) != 1:
-        raise ValueError(
-            f"motion adapter config: {key}={value!r} is not supported; give one value for all blocks"
-        )
+        raise ValueError(f"motion adapter config: {key}={value!r} is not supported; give one value for all blocks")
     return _single({key: value[0]}, key, default)
 
 

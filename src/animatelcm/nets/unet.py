@@ -81,9 +81,7 @@ class UNetConfig:
         for name in ("attention_head_dim", "transformer_layers_per_block"):
             numbers = _spread(getattr(self, name), levels)
             if len(numbers) != levels or not all(isinstance(number, int) for number in numbers):
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: give one number, or one for each of {levels} blocks"
-                )
+                raise ValueError(f"{name}={getattr(self, name)}: give one number, or one for each of {levels} blocks")
         for name in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported; give one whole number")
@@ -96,13 +94,9 @@ class UNetConfig:
     def _check_blocks(self, name: str, known: set[str]) -> None:
         types = getattr(self, name)
         if len(types) != len(self.block_out_channels):
-            raise ValueError(
-                f"{name}={types}: give one for each of block_out_channels={self.block_out_channels}"
-            )
+            raise ValueError(f"{name}={types}: give one for each of block_out_channels={self.block_out_channels}")
         if strange := sorted(set(types) - known):
-            raise ValueError(
-                f"{name}: {strange[0]!r} is not supported; choose from {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"{name}: {strange[0]!r} is not supported; choose from {', '.join(sorted(known))}")
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
@@ -205,9 +199,7 @@ class VideoUNet(nn.Module):
         text = text.to(self.dtype)
         time = frames if motion and self.motion is not None else None
         if time is not None and frames > self.motion.max_frames:
-            raise ValueError(
-                f"frames={frames}: this network's motion modules take 1..{self.motion.max_frames}"
-            )
+            raise ValueError(f"frames={frames}: this network's motion modules take 1..{self.motion.max_frames}")
 
         h = self.conv_in(_flat(x.to(self.dtype)))
         skips = [h]
@@ -233,18 +225,12 @@ class VideoUNet(nn.Module):
         skip_residuals: Sequence[Tensor] | None,
     ) -> None:
         if text.shape[0] not in (batch, batch * frames):
-            raise ValueError(
-                f"text: {text.shape[0]} given for {batch} videos of {frames} frames; give one a video"
-            )
+            raise ValueError(f"text: {text.shape[0]} given for {batch} videos of {frames} frames; give one a video")
         if features is not None and len(features) != len(self.down_blocks):
-            raise ValueError(
-                f"features: {len(features)} given; give {len(self.down_blocks)}, one a down block"
-            )
+            raise ValueError(f"features: {len(features)} given; give {len(self.down_blocks)}, one a down block")
         skips = self.config.num_skips
         if skip_residuals is not None and len(skip_residuals) != skips:
-            raise ValueError(
-                f"skip_residuals: {len(skip_residuals)} given; give {skips}, one a skip connection"
-            )
+            raise ValueError(f"skip_residuals: {len(skip_residuals)} given; give {skips}, one a skip connection")
 
     @property
     def dtype(self) -> torch.dtype:
