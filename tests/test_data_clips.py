@@ -80,7 +80,7 @@ def test_a_named_caption_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../b.png", "/etc/b.png", "sub/../../b.png", "C:\\b.png", "..\\b.png", "\\b.png"]
+    "name", ["../b.png", "/etc/b.png", "sub/../../b.png", "C:\\b.png", "C:b.png", "..\\b.png", "\\b.png"]
 )
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_names_that_leave_the_folder_are_an_error(tmp_path, name, kind):

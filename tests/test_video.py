@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from animatelcm import video
+from animatelcm import streams, video
 
 CONTAINERS = (".mp4", ".gif", ".webp", "")
 RATES = (8, 7.5, Fraction(24000, 1001), 23.976, 30)
@@ -69,9 +69,7 @@ def levels(frames: np.ndarray) -> list[int]:
 def test_floats_are_rounded_not_truncated():
     every = np.arange(256)
     assert np.array_equal(video.to_uint8((every / 255).astype(np.float32)), every)
-    assert np.array_equal(
-        video.to_uint8(np.array([0.4 / 255, 0.6 / 255, -3.0, 7.0, np.inf])), [0, 1, 0, 255, 255]
-    )
+    assert np.array_equal(video.to_uint8(np.array([0.4 / 255, 0.6 / 255, -3.0, 7.0, np.inf])), [0, 1, 0, 255, 255])
     for wrong in (np.array([np.nan]), np.array([1])):
         with pytest.raises(ValueError, match="NaN"):
             video.to_uint8(wrong)
@@ -101,9 +99,7 @@ def test_standing_still_loses_no_frames(tmp_path, container):
 
 @pytest.mark.parametrize("colours", [2, 17, 255, 256])
 def test_gif_is_exact_up_to_256_colours_a_frame(tmp_path, colours):
-    frames = np.stack(
-        [noise(colours, 3, seed=i)[noise(33, 21, seed=9 + i).astype(int) % colours] for i in range(5)]
-    )
+    frames = np.stack([noise(colours, 3, seed=i)[noise(33, 21, seed=9 + i).astype(int) % colours] for i in range(5)])
     assert np.array_equal(video.read(video.write(frames, tmp_path / "a.gif", fps=12.5)).frames, frames)
 
 
@@ -118,8 +114,7 @@ def test_lossless_containers_are_exact(tmp_path, container, quality):
 def test_lossy_containers_are_close_and_quality_buys_closeness(tmp_path, container, decibels):
     frames = smooth()
     worse, default, better = (
-        video.write(frames, tmp_path / f"{quality}{container}", fps=8, quality=quality)
-        for quality in (30, None, 95)
+        video.write(frames, tmp_path / f"{quality}{container}", fps=8, quality=quality) for quality in (30, None, 95)
     )
     errors = [psnr(frames, video.read(path).frames) for path in (worse, default, better)]
     bias = frames.mean((0, 1, 2)) - video.read(default).frames.mean((0, 1, 2))
@@ -177,14 +172,10 @@ def test_every_frame_of_a_sequence_tells_its_recipe(tmp_path):
     assert video.read_metadata(path / "00002.png") == WORDS
 
 
-@pytest.mark.parametrize(
-    "words", ['{"fps": 0, "num_frames": 2, "metadata": []}', "hello", "[1]", '{"fps": 8}', "1"]
-)
+@pytest.mark.parametrize("words", ['{"fps": 0, "num_frames": 2, "metadata": []}', "hello", "[1]", '{"fps": 8}', "1"])
 def test_words_of_others_are_not_ours(tmp_path, words):
     frames = [Image.fromarray(frame) for frame in smooth(4, 16, 16)]
-    frames[0].save(
-        tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=40, comment=words.encode()
-    )
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=40, comment=words.encode())
     assert video.probe(tmp_path / "a.gif") == (4, 25, {})
     assert video.read(tmp_path / "a.gif")[1:] == (25, {})
 
@@ -293,19 +284,48 @@ def test_garbage_and_absence_are_named(tmp_path, suffix):
             reader(path)
 
 
-def test_damage_inside_an_mp4_is_noticed(tmp_path):
-    path = video.write(smooth(), tmp_path / "a.mp4", fps=8)
-    raw = bytearray(path.read_bytes())
-    middle = raw.index(b"mdat") + 1000
-    raw[middle : middle + 200] = noise(200).tobytes()
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match="cannot read"):
+def complaint(path: Path) -> str:
+    try:
         video.read(path)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Corrupt EXIF", "ignore:Truncated File", "ignore:Tag data", "ignore:Image size"
-)
+def test_damage_inside_an_mp4_is_noticed(tmp_path):
+    """Also where the decoder conceals it: then only the frame says that it is corrupt."""
+    path = video.write(smooth(), tmp_path / "a.mp4", fps=8)
+    raw = path.read_bytes()
+    assert not complaint(path)
+    said = []
+    for at in range(raw.index(b"mdat") + 900, len(raw), 200):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+        said.append(complaint(path))
+    assert all(not words or "cannot read" in words for words in said)
+    assert sum("is damaged" in words for words in said) > len(said) / 2
+
+
+def test_a_truncated_mp4_is_noticed_though_its_beginning_can_be_read(tmp_path):
+    path = video.write(smooth(), tmp_path / "a.mp4", fps=8)
+    path.write_bytes(path.read_bytes()[:-100])
+    for reader in (video.probe, lambda path: video.read(path, num_frames=1)):
+        with pytest.raises(ValueError, match="its last 100 bytes are missing"):
+            reader(path)
+
+
+@pytest.mark.parametrize("container", [".gif", ".webp"])
+def test_every_beginning_of_a_file_is_read_or_refused(tmp_path, container):
+    path = video.write(smooth(2, 8, 8), tmp_path / f"a{container}", fps=8)
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with contextlib.suppress(ValueError):
+            assert video.probe(path)[:2] == (2, 8)
+        with pytest.raises(ValueError, match="cannot read"):
+            video.read(path)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File", "ignore:Tag data", "ignore:Image size")
 def test_damaged_bytes_never_raise_anything_but_value_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damaged sizes may be huge
     draws = np.random.default_rng(1)
@@ -336,14 +356,12 @@ def test_a_window_is_a_slice_of_the_whole(blocks, tmp_path, start, stride, count
 
 
 def test_every_frame_can_be_the_first(blocks):
-    assert [levels(video.read(blocks, start=i, num_frames=1).frames) for i in range(23)] == [
-        [i] for i in range(23)
-    ]
+    assert [levels(video.read(blocks, start=i, num_frames=1).frames) for i in range(23)] == [[i] for i in range(23)]
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [(".avi", "mpeg4"), (".mkv", "libx264"), (".mov", "libx264")])
 def test_other_streams_are_read_alike(tmp_path, suffix, codec):
-    """AVI holds no display times, Matroska no number of frames."""
+    """Matroska, for one, does not say how many frames it holds."""
     path = tmp_path / f"a{suffix}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10, options={"bf": "2", "g": "4"})
@@ -355,6 +373,11 @@ def test_other_streams_are_read_alike(tmp_path, suffix, codec):
     assert video.probe(path) == (12, 10, {})
     assert levels(video.read(path).frames) == list(range(12))
     assert levels(video.read(path, start=5, num_frames=3, stride=2).frames) == [5, 7, 9]
+
+
+def test_without_display_times_frames_are_counted(blocks, monkeypatch):
+    monkeypatch.setattr(streams, "_shown_packets", lambda *_: iter([SimpleNamespace(pts=None)] * 23))
+    assert levels(video.read(blocks, start=7, num_frames=3, stride=2).frames) == [7, 9, 11]
 
 
 def test_more_frames_than_there_are_is_an_error(blocks):

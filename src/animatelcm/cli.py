@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     try:
         _run(words)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"animatelcm: {error}\n")
         raise SystemExit(2) from error
 

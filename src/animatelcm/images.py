@@ -89,14 +89,10 @@ class Note(NamedTuple):
     num_frames: int = 1
 
     @classmethod
-    def checked(
-        cls, metadata: Mapping[str, str] | None, fps: Fraction | None = None, num_frames: int = 1
-    ) -> Note:
+    def checked(cls, metadata: Mapping[str, str] | None, fps: Fraction | None = None, num_frames: int = 1) -> Note:
         words = dict(metadata or {})
         if wrong := [key for key in words if not (isinstance(key, str) and isinstance(words[key], str))]:
-            raise ValueError(
-                f"metadata must map str to str, {wrong[0]!r} does not; json.dumps makes a str of anything"
-            )
+            raise ValueError(f"metadata must map str to str, {wrong[0]!r} does not; json.dumps makes a str of anything")
         return cls(words, fps, num_frames)
 
     @classmethod
@@ -163,16 +159,14 @@ def checked_pixels(array: np.ndarray, ndim: int) -> np.ndarray:
     """The array itself, if it is uint8 and ends in (H, W, 3)."""
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or not array.size:
         shape = "(F, H, W, 3)" if ndim == 4 else "(H, W, 3)"
-        raise ValueError(
-            f"uint8 {shape} is needed, got {array.dtype} {array.shape}; video.to_uint8 rounds floats"
-        )
+        raise ValueError(f"uint8 {shape} is needed, got {array.dtype} {array.shape}; video.to_uint8 rounds floats")
     return array
 
 
 def check_free(path: Path, overwrite: bool) -> None:
     """Nothing is overwritten unasked."""
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another name or ask to overwrite it")
+        raise ValueError(f"{path} exists already; choose another name, or ask to overwrite it (--force)")
 
 
 @contextmanager

@@ -87,10 +87,10 @@ class Video:
     """Network evaluations it took, a guided one counted twice."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def recipe(self, version: str) -> dict[str, str]:
-        """What is written into the file: every field of the request, model, version, and the command."""
+    def recipe(self, model: str, version: str) -> dict[str, str]:
+        """What is written into the file: every field of the request, where the model was, version, the command."""
         made = {key: str(value) for key, value in dataclasses.asdict(self.request).items()}
-        return {**made, "model": self.model, "animatelcm": version, "command": command(self.request, self.model)}
+        return {**made, "model": model, "animatelcm": version, "command": command(self.request, model)}
 
 
 def command(request: SampleRequest, model: str) -> str:

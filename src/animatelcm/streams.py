@@ -59,9 +59,7 @@ def write_mp4(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
     """H.264 in yuv420p, BT.709, index first (faststart): what browsers play as it loads."""
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
-        raise ValueError(
-            f"mp4 needs an even width and height, got {width}x{height}; crop, or write .webp or .gif"
-        )
+        raise ValueError(f"mp4 needs an even width and height, got {width}x{height}; crop, or write .webp or .gif")
     # Said, because swscale puts chroma samples there, and decoders otherwise take them to be on the left.
     options = {"crf": str(round(51 - 0.43 * quality)), "chroma_sample_location": "center"}
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -131,12 +129,10 @@ def read_stream(path: Path, window: Window) -> Decoded:
         return images, _rate(stream), Note.parse(container.metadata.get("comment", "")).metadata
 
 
-def _frames_from(
-    container: InputContainer, stream: VideoStream, start: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
+def _frames_from(container: InputContainer, stream: VideoStream, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
     """Frames in display order with their numbers, beginning at ``start`` or some frames before."""
     times = [packet.pts for packet in _shown_packets(container, stream)] if start else []
-    if start and None not in times:  # AVI has no display times: it is counted from the beginning
+    if start and None not in times:  # some AVIs have no display times: they are counted from the beginning
         times.sort()
         container.seek(times[max(0, min(start, len(times)) - 1 - _REORDERING)], stream=stream)
         yield from ((bisect_left(times, frame.pts), frame) for frame in container.decode(stream))

@@ -66,9 +66,7 @@ class Footage(NamedTuple):
 def to_uint8(frames: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] -> the nearest of 256 levels; what lies outside is clipped, NaN is an error."""
     if not np.issubdtype(frames.dtype, np.floating) or np.isnan(frames).any():
-        raise ValueError(
-            f"floats without NaN are needed, got {frames.dtype}; NaN means that the model overflowed"
-        )
+        raise ValueError(f"floats without NaN are needed, got {frames.dtype}; NaN means that the model overflowed")
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
@@ -99,17 +97,13 @@ def write(
     return path
 
 
-def read(
-    path: str | Path, *, num_frames: int | None = None, stride: float | Fraction = 1, start: int = 0
-) -> Footage:
+def read(path: str | Path, *, num_frames: int | None = None, stride: float | Fraction = 1, start: int = 0) -> Footage:
     """Frames floor(start + i * stride), i < num_frames (None: to the end); ``fps`` stays that of the file.
 
     Streams are decoded from a key frame before ``start``; of a png sequence only these frames are opened.
     """
     if start < 0 or stride < 1 or (num_frames is not None and num_frames < 1):
-        raise ValueError(
-            f"start={start}, stride={stride}, num_frames={num_frames}: at least 0, 1 and 1 are needed"
-        )
+        raise ValueError(f"start={start}, stride={stride}, num_frames={num_frames}: at least 0, 1 and 1 are needed")
     path, window = Path(path), Window(start, Fraction(stride), num_frames)
     with explained(path):
         images, fps, metadata = _READERS.get(_kind(path), read_stream)(path, window)
@@ -135,14 +129,10 @@ def check_path(path: str | Path, *, overwrite: bool = False) -> Path:
     """Say now, rather than after the work, why a video could not be written at ``path``."""
     path = Path(path)
     if path.suffix.lower() not in _WRITERS:
-        raise ValueError(
-            f"cannot write {path.name!r}: choose .mp4, .gif, .webp, or no suffix for a png sequence"
-        )
+        raise ValueError(f"cannot write {path.name!r}: choose .mp4, .gif, .webp, or no suffix for a png sequence")
     names = [file.name for file in path.iterdir()] if path.is_dir() else None
     if strange := [name for name in names or () if not re.fullmatch(r"\d{5,}\.png|metadata\.json", name)]:
-        raise ValueError(
-            f"the folder {path} holds more than a png sequence, e.g. {strange[0]!r}; choose another"
-        )
+        raise ValueError(f"the folder {path} holds more than a png sequence, e.g. {strange[0]!r}; choose another")
     if names != []:
         check_free(path, overwrite)
     return path
@@ -205,9 +195,7 @@ def _sequence(path: Path) -> tuple[list[Path], Note]:
     files = sorted(path.glob("*.png"), key=lambda file: (len(file.name), file.name))
     note = Note.parse((path / "metadata.json").read_text(encoding="utf-8"))
     if note.fps is None or note.num_frames != len(files):
-        raise ValueError(
-            f"metadata.json says {note.num_frames} frames at fps {note.fps}, but {len(files)} are here"
-        )
+        raise ValueError(f"metadata.json says {note.num_frames} frames at fps {note.fps}, but {len(files)} are here")
     return files, note
 
 

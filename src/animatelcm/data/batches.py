@@ -105,5 +105,5 @@ def _write_latents(
         progress(len(captions), len(dataset))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".partial")
-    save_file({"latents": torch.cat(latents)}, unfinished, metadata={"captions": json.dumps(captions)})
+    save_file({"latents": torch.cat(latents).contiguous()}, unfinished, metadata={"captions": json.dumps(captions)})
     unfinished.replace(path)

@@ -142,9 +142,7 @@ class FolderDataset:
         if not self._items:
             raise ValueError(f"nothing to use among {', '.join(SUFFIXES)} in {self.summary()}")
         if self.num_frames > 1 and len({item.num_frames == 0 for item in self._items}) == 2:
-            raise ValueError(
-                f"images cannot share batches with clips of {self.num_frames} frames: {self.summary()}"
-            )
+            raise ValueError(f"images cannot share batches with clips of {self.num_frames} frames: {self.summary()}")
 
     def _item(self, source: str, caption: str, stride: Fraction, fps: float | None) -> _Item:
         header = video.probe(self.path / source)
@@ -196,9 +194,7 @@ def _listed_captions(root: Path, files: set[str], column: str | None) -> dict[st
         for name, caption in _table_captions(root / table, column):
             source = (PurePosixPath(table).parent / name).as_posix()
             if source in captions:
-                raise ValueError(
-                    f"{root / table} lists {name!r} a second time; keep one caption for each file"
-                )
+                raise ValueError(f"{root / table} lists {name!r} a second time; keep one caption for each file")
             captions[source] = caption
     return captions
 
@@ -232,11 +228,7 @@ def _json_rows(table: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"line {number} of {table} is not JSON ({error.msg}); one object a line"
-                ) from error
+                raise ValueError(f"line {number} of {table} is not JSON ({error.msg}); one object a line") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"line {number} of {table} must be an object with a file_name, got {line[:40]!r}"
-                )
+                raise ValueError(f"line {number} of {table} must be an object with a file_name, got {line[:40]!r}")
             yield row
