@@ -52,9 +52,7 @@ def best_eps(x_t: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
 @pytest.mark.parametrize("beta_schedule", BETAS)
 @pytest.mark.parametrize("grid", [50, 100])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
-def test_multistep_sampling_is_that_of_diffusers_step_for_step(
-    steps: int, grid: int, beta_schedule: str
-) -> None:
+def test_multistep_sampling_is_that_of_diffusers_step_for_step(steps: int, grid: int, beta_schedule: str) -> None:
     from diffusers import LCMScheduler
 
     schedule = NoiseSchedule(beta_schedule=beta_schedule, solver_steps=grid)

@@ -61,9 +61,7 @@ def test_half_precision_weights_do_not_stall_the_average() -> None:
     start, goal = {"w": torch.ones(3, dtype=torch.bfloat16)}, {"w": torch.full((3,), 2.0).bfloat16()}
     ema = Ema(0.9999, start)
     follow(ema, [goal] * 100)
-    torch.testing.assert_close(
-        ema.shadows["w"], torch.full((3,), 1 + absorbed(100, 0.9999)), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(ema.shadows["w"], torch.full((3,), 1 + absorbed(100, 0.9999)), rtol=1e-5, atol=0)
     stalled = start["w"].clone()
     for _ in range(100):
         stalled.lerp_(goal["w"], 1e-4)

@@ -34,9 +34,7 @@ def test_table_is_the_product_to_the_last_digits_of_float64(beta_schedule: str) 
     low, high = 0.00085**power, 0.012**power
     logs = [math.log1p(-((low + (high - low) * i / 999) ** (1 / power))) for i in range(1000)]
     for t in (0, 1, 19, 500, 999):
-        assert schedule.alphas_cumprod[t].item() == pytest.approx(
-            math.exp(math.fsum(logs[: t + 1])), rel=1e-12
-        )
+        assert schedule.alphas_cumprod[t].item() == pytest.approx(math.exp(math.fsum(logs[: t + 1])), rel=1e-12)
 
 
 @pytest.mark.parametrize("beta_schedule", BETAS)

@@ -106,9 +106,7 @@ def test_a_clip_is_every_third_frame_and_short_animations_go_round(count):
 def test_a_stacked_frame_can_be_put_on_any_background(picture, alpha, background):
     frame = pack.over_alpha(np.full((1, 4, 4, 4), (*[picture] * 3, alpha), np.uint8)).astype(float)
     upper, a = frame[0, 0, 0, 0], frame[0, 4, 0, 0] / 255
-    assert upper - (1 - a) * 255 + (1 - a) * background == pytest.approx(
-        picture * a + background * (1 - a), abs=0.51
-    )
+    assert upper - (1 - a) * 255 + (1 - a) * background == pytest.approx(picture * a + background * (1 - a), abs=0.51)
 
 
 def test_every_clip_begins_with_the_only_key_frame_it_has(tmp_path):
@@ -147,8 +145,7 @@ def cached(folder: Path) -> Path:
     """The archives that a pack without vectors needs."""
     folder.mkdir()
     names = {
-        emoji: {"name": name, "group": "G"}
-        for emoji, name in ((WINK, "winking"), (HEART, "heart!"), (THUMB, "up"))
+        emoji: {"name": name, "group": "G"} for emoji, name in ((WINK, "winking"), (HEART, "heart!"), (THUMB, "up"))
     }
     chars = {"2764": "heart", "1f609": "wink", "1f44d": "thumb"}
     jsons = {

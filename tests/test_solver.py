@@ -135,9 +135,7 @@ def test_half_precision_networks_meet_float32_arithmetic(t: Tensor, dtype: torch
     assert torch.equal(to_x0(x.to(dtype), eps, level), to_x0(x.to(dtype).float(), eps.float(), level))
 
 
-@pytest.mark.parametrize(
-    ("total", "n"), [(1000, 50), (1000, 100), (1000, 30), (1000, 1), (1000, 1000), (20, 7)]
-)
+@pytest.mark.parametrize(("total", "n"), [(1000, 50), (1000, 100), (1000, 30), (1000, 1), (1000, 1000), (20, 7)])
 def test_solver_walks_the_sparse_grid_down_to_zero(total: int, n: int) -> None:
     schedule = NoiseSchedule(num_train_timesteps=total, solver_steps=1)
     t, s = DDIMSolver(schedule, n).times(torch.arange(n))
@@ -152,9 +150,7 @@ def test_solver_steps_every_clip_from_its_own_index() -> None:
     t, s = solver.times(index)
     x_t = SCHEDULE.add_noise(x_0, eps, t)
     together = solver.step(x_0, eps, index)
-    torch.testing.assert_close(
-        together, ddim_step(x_t, eps, SCHEDULE.level(t), SCHEDULE.level(s)), rtol=0, atol=2e-5
-    )
+    torch.testing.assert_close(together, ddim_step(x_t, eps, SCHEDULE.level(t), SCHEDULE.level(s)), rtol=0, atol=2e-5)
     assert torch.equal(together, torch.cat([solver.step(x_0[[i]], eps[[i]], index[[i]]) for i in range(3)]))
 
 

@@ -15,7 +15,7 @@ from animatelcm.training import learning_rate, named_trainable, open_source, tra
 
 
 def _tiny(recipe, out, **changes):
-    data = {"length": 8, "cache": True} | changes.pop("data", {})
+    data = {"length": 8} | changes.pop("data", {})
     base = replace(recipe(), model="new", out=out, batch_size=2, save_every=1000, sample_prompts=(), log_every=5)
     return replace(base, data=replace(base.data, **data), **changes)
 

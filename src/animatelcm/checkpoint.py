@@ -1,7 +1,8 @@
 """Checkpoints of a training run: tensors by name in safetensors, a manifest written last, all or nothing.
 
 Layout of ``checkpoints/step-00000500``: ``weights.safetensors`` (what trains, float32), ``ema.safetensors``,
-``optimizer.safetensors`` (``<parameter>/<state>``), ``manifest.json`` (step, config). Random state needs no file.
+``optimizer.safetensors`` (``<parameter>/<state>``), ``manifest.json`` (step, seconds, config). Random
+state needs no file.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ KEEP = 2
 
 @dataclass
 class TrainState:
-    """Everything that a run changes: a step count, the trained parameters by name, their average, the optimiser."""
+    """Everything that a run changes: steps done, the trained parameters by name, their average, the optimiser."""
 
     step: int
     parameters: Mapping[str, Tensor]
     ema: Ema
     optimizer: Optimizer
+    seconds: float = 0.0
+    """Time spent in steps, over all resumptions."""
 
 
 def save(state: TrainState, folder: Path, config: str) -> Path:
@@ -41,7 +44,7 @@ def save(state: TrainState, folder: Path, config: str) -> Path:
     write_safetensors(dict(state.parameters), unfinished / "weights.safetensors")
     write_safetensors(state.ema.state_dict(), unfinished / "ema.safetensors")
     write_safetensors(_optimizer_tensors(state), unfinished / "optimizer.safetensors")
-    manifest = {"step": state.step, "config": json.loads(config)}
+    manifest = {"step": state.step, "seconds": round(state.seconds, 1), "config": json.loads(config)}
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2))
     shutil.rmtree(final, ignore_errors=True)
     unfinished.replace(final)
@@ -57,7 +60,8 @@ def finished(folder: Path) -> list[Path]:
 
 def restore(state: TrainState, path: Path) -> None:
     """Put a checkpoint back into a fresh state of the same run, in place. Raises ValueError if names differ."""
-    state.step = json.loads((path / "manifest.json").read_text())["step"]
+    manifest = json.loads((path / "manifest.json").read_text())
+    state.step, state.seconds = manifest["step"], manifest["seconds"]
     weights = read_safetensors(path / "weights.safetensors")
     if odd := weights.keys() ^ state.parameters.keys():
         raise ValueError(f"{path} is of another run: {len(odd)} parameter names differ, e.g. {min(odd)!r}")

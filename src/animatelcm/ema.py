@@ -19,9 +19,7 @@ class Ema:
         if not 0 <= decay <= 1:
             raise ValueError(f"decay={decay} is not a fraction; choose 0 (copy) to 1 (never move)")
         self.decay = decay
-        self.shadows = {
-            name: value.detach().to(torch.float32, copy=True) for name, value in dict(named).items()
-        }
+        self.shadows = {name: value.detach().to(torch.float32, copy=True) for name, value in dict(named).items()}
 
     @torch.no_grad()
     def update(self, named: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
@@ -42,9 +40,7 @@ class Ema:
         _check_names(self.shadows, state)
         for name, shadow in self.shadows.items():
             if state[name].shape != shadow.shape:
-                raise ValueError(
-                    f"{name} is {tuple(state[name].shape)} in the file, {tuple(shadow.shape)} here"
-                )
+                raise ValueError(f"{name} is {tuple(state[name].shape)} in the file, {tuple(shadow.shape)} here")
             shadow.copy_(state[name])
 
 

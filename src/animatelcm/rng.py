@@ -7,9 +7,7 @@ import hashlib
 import torch
 
 
-def generator(
-    seed: int, step: int, rank: int, stream: str, device: str | torch.device = "cpu"
-) -> torch.Generator:
+def generator(seed: int, step: int, rank: int, stream: str, device: str | torch.device = "cpu") -> torch.Generator:
     """A fresh generator that depends on its address alone, so a resume has no state to restore.
 
     `stream` names the consumer ("noise", "timestep", ...): a new consumer shifts nobody else's draws.

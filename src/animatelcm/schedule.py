@@ -56,8 +56,7 @@ class NoiseSchedule:
             raise ValueError(f"beta_schedule={self.beta_schedule!r} is not known; choose {allowed}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
-                f"beta_start={self.beta_start} and beta_end={self.beta_end} must satisfy "
-                "0 < beta_start <= beta_end < 1"
+                f"beta_start={self.beta_start} and beta_end={self.beta_end} must satisfy 0 < beta_start <= beta_end < 1"
             )
         _check_steps("solver_steps", self.solver_steps, self.num_train_timesteps)
 
@@ -124,9 +123,7 @@ class NoiseSchedule:
             raise ValueError(f"the scheduler's configuration lacks {', '.join(missing)}")
         return cls(
             **{name: config[name] for name in names},
-            solver_steps=config.get(
-                "_solver_steps", config.get("original_inference_steps", cls.solver_steps)
-            ),
+            solver_steps=config.get("_solver_steps", config.get("original_inference_steps", cls.solver_steps)),
         )
 
     def to_diffusers(self, scheduler: SchedulerClass = "DDIMScheduler") -> dict[str, Any]:

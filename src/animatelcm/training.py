@@ -70,10 +70,10 @@ def train(config: TrainConfig, *, resume: bool = False, stop_after: int | None =
     saved = checkpoint.finished(config.folder / "checkpoints")
     if resume and saved:
         checkpoint.restore(state, saved[-1])
-    seconds = _run(config, accelerator, model, state, stop_after)
+    _run(config, accelerator, model, state, stop_after)
     if accelerator.is_main_process:
         with averaged(state):
-            _finish(config, model, state, seconds)
+            _finish(config, model, state)
     return config.folder / "model"
 
 
@@ -117,13 +117,14 @@ def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
 
 def _run(
     config: TrainConfig, accelerator: Accelerator, model: VideoModel, state: TrainState, stop_after: int | None
-) -> float:
-    """Steps from ``state.step`` to the end, an interrupt or ``stop_after``; returns the seconds they took."""
+) -> None:
+    """Steps from ``state.step`` to the end, an interrupt or ``stop_after``."""
     source = open_source(config, model)
     step_module, optimizer = accelerator.prepare(_Step(model, _objective(config, model)), state.optimizer)
-    last, began = min(stop_after or config.steps, config.steps), time.perf_counter()
+    last = min(stop_after or config.steps, config.steps)
     with RunLog(config.folder, config.name, state.step, config.steps) as log, _interrupt() as interrupted:
         while state.step < last and not interrupted():
+            began = time.perf_counter()
             draw = partial(generator, config.seed, state.step, accelerator.process_index)
             indices = draw_indices(
                 len(source.dataset),
@@ -142,12 +143,12 @@ def _run(
             state.step += 1
             state.ema.decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
             state.ema.update(state.parameters)
+            state.seconds += time.perf_counter() - began
             _after_step(config, accelerator, model, state, terms, log)
         if accelerator.is_main_process:
             checkpoint.save(state, config.folder / "checkpoints", config.to_json())
         if isinstance(source.dataset, FolderDataset):
             log.note(source.dataset.summary())
-    return time.perf_counter() - began
 
 
 def _objective(config: TrainConfig, model: VideoModel) -> Callable[[ClipBatch, Draw], Terms]:
@@ -263,9 +264,9 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
     return path
 
 
-def _finish(config: TrainConfig, model: VideoModel, state: TrainState, seconds: float) -> None:
+def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> None:
     """Write the bundle, with what was done to it."""
-    done = {"steps": state.step, "clips": state.step * config.batch_size, "seconds_of_last_run": round(seconds)}
+    done = {"steps": state.step, "clips": state.step * config.batch_size, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
     facts = replace(model.facts, trained={**model.facts.trained, config.name: done})
     replace(model, facts=facts).save(config.folder / "model", dtype=torch.float32)
