@@ -64,6 +64,22 @@ def test_held_out_pairs_never_appear_and_every_motion_does():
     assert 0.05 < share < 0.15
 
 
+def test_opposite_motions_look_different_in_one_frame():
+    # else their words would mean the same to the image model, and the temporal layers could not tell them apart
+    across = {"sliding left": [], "sliding right": []}
+    subject = next(slug for slug in SMALL_CONCEPTS if not any(held_out(slug, motion) for motion in across))
+    images = EmojiImages(length=3000, moments=1.0, styles=("noto",), concepts=(subject,))
+    for i in range(400):
+        clip = images[i]
+        for motion, found in across.items():
+            if motion in clip.caption:
+                ink = np.abs(clip.frames[0].astype(float) - clip.frames[0][0, 0]).sum((0, 2))
+                found.append((ink @ np.arange(64)) / ink.sum())
+    assert min(map(len, across.values())) > 15
+    assert np.mean(across["sliding left"]) < 28
+    assert np.mean(across["sliding right"]) > 36
+
+
 def test_real_clips_move():
     clips = EmojiClips(length=100, real=1.0)
     change = [np.abs(np.diff(clips[i].frames.astype(float), axis=0)).mean() for i in range(10)]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from animatelcm.data.clips import Clip
-from animatelcm.data.sprites import CLIP_FPS, MOTIONS, SMALL_CONCEPTS, Pose, SpritePack, render
+from animatelcm.data.sprites import CLIP_FPS, LOOPS, MOTIONS, SMALL_CONCEPTS, Pose, SpritePack, render
 from animatelcm.rng import generator
 
 BASE_STYLES = ("noto", "fluent-flat", "fluent-3d")
@@ -126,6 +126,14 @@ def _still(draws: Draws) -> Pose:
     return Pose(size, draws.uniform(-room, room), draws.uniform(-room, room))
 
 
+def _moment(draws: Draws, motion: str, poses: list[Pose]) -> Pose:
+    """One frame of a motion. Of one that leads somewhere, rather a late frame: left and right, growing and shrinking
+    pass through the same poses, and words that mean the same to the image model cannot steer the temporal layers.
+    """
+    last = len(poses) - 1
+    return draws.choice(poses) if motion in LOOPS else poses[round(last * max(draws.uniform() for _ in range(3)))]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmojiImages(EmojiData):
     """Captioned images (F = 1): half stands still; the rest are single moments of the clips below, so that an image
@@ -146,7 +154,7 @@ class EmojiImages(EmojiData):
                 picture = draws.choice(tuple(self.pack.clip(slug)))
             else:
                 motion, poses = self._motion(draws, slug)
-                pose = draws.choice(poses)
+                pose = _moment(draws, motion, poses)
         text = self._caption(draws, slug, style, motion, colour)
         return Clip(render(picture, [pose], background), text, f"emoji-image/{self.seed}/{index}")
 

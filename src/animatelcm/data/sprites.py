@@ -235,3 +235,5 @@ MOTIONS: dict[str, tuple[Motion, tuple[float, float]]] = {
     "orbiting": (_orbit, (0.45, 0.55)),
 }
 """What a caption may say of a sprite -> (poses, the range of sizes at which the whole motion stays in the frame)."""
+LOOPS = ("bouncing", "spinning", "shaking", "swinging", "orbiting")
+"""Motions without a beginning; the others lead from somewhere to somewhere else."""

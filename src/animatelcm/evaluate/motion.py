@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatelcm.data.sprites import CLIP_FRAMES, MOTIONS, Pose
+from animatelcm.data.sprites import CLIP_FRAMES, LOOPS, MOTIONS, Pose
 
 STILL = "still"
-LOOPS = ("bouncing", "spinning", "shaking", "swinging", "orbiting")  # may begin anywhere
 SIZES, DRIFTS = 3, 9  # how finely the free quantities of each motion are tried
 ANGLES = 64  # of a polar picture, 5.6 degrees each
 RADII = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7)  # of a polar picture, in root mean square radii
