@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from animatelcm import recipes
 from animatelcm.config import DataConfig
-from animatelcm.training import learning_rate, named_trainable, open_source, train
+from animatelcm.data.sprites import PACK
+from animatelcm.training import learning_rate, named_trainable, open_dataset, open_source, train
 
 
 def _tiny(recipe, out, **changes):
@@ -120,6 +121,14 @@ def test_cached_latents_are_those_of_the_pixels(fresh_model, tmp_path):
     assert made.stat().st_mtime_ns == stamp
     open_source(replace(config, data=DataConfig(length=8, seed=9)), fresh_model)
     assert len(list((tmp_path / "cache").iterdir())) == 2  # other data, other file
+
+
+def test_a_style_may_be_a_sheet_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.webp"
+    mine.write_bytes((PACK / "twemoji.webp").read_bytes())
+    clip, twin = (open_dataset(DataConfig(length=5, styles=(style,)))[3] for style in (str(mine), "twemoji"))
+    assert clip.caption == twin.caption
+    assert (clip.frames == twin.frames).all()
 
 
 def test_a_run_keeps_its_config_and_metrics(tmp_path):

@@ -28,6 +28,7 @@ class DataConfig:
     concepts: Literal["small", "all"] = "small"
     """The 64 concepts that two CPU cores can learn, or all of the pack."""
     styles: tuple[str, ...] = ("noto", "fluent-flat", "fluent-3d")
+    """Sheets of the pack by name, or the path of any .webp sheet of the same layout (openmoji, say)."""
     degrade: bool = False
     """Make clips look as web videos do: blurred, blocky, watermarked, vaguely captioned."""
     num_frames: int = 16

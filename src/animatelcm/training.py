@@ -236,9 +236,11 @@ def open_dataset(data: DataConfig) -> ClipDataset:
     """The clips that a data config describes."""
     if data.path is not None:
         return FolderDataset(data.path, num_frames=data.num_frames, size=(data.height, data.width))
-    pack = SpritePack()
+    sheets = {Path(style).stem: Path(style) for style in data.styles if style.endswith(".webp")}
+    styles = tuple(Path(style).stem if style.endswith(".webp") else style for style in data.styles)
+    pack = SpritePack(extra_styles=sheets)
     concepts = SMALL_CONCEPTS if data.concepts == "small" else tuple(pack.concepts)
-    common = {"length": data.length, "seed": data.seed, "concepts": concepts, "styles": data.styles, "pack": pack}
+    common = {"length": data.length, "seed": data.seed, "concepts": concepts, "styles": styles, "pack": pack}
     if data.kind == "emoji-images":
         return EmojiImages(**common)
     return EmojiClips(**common, degrade=data.degrade)
