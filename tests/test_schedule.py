@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import copy
 import logging
 import math
-import pickle
 from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
@@ -269,7 +269,7 @@ def test_a_schedule_is_its_fields() -> None:
     one.level(EVERY_T)
     assert one == other
     assert hash(one) == hash(other)
-    assert pickle.loads(pickle.dumps(one)) == other
+    assert copy.deepcopy(one) == other
     assert one != replace(one, beta_end=0.014)
     with pytest.raises(FrozenInstanceError):
         one.beta_end = 0.014
