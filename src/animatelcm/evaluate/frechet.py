@@ -1,0 +1,62 @@
+"""The Frechet distance of two sets of features, each taken for a Gaussian (Dowson & Landau 1982), in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gaussian(NamedTuple):
+    """Mean (D,), a factor (R, D) of the covariance, which is factor^T factor, and how many features it is of; float64.
+
+    The centred features are such a factor, so few of them in many dimensions need no D x D matrix and lose no digits.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    n: int
+
+    @property
+    def cov(self) -> Tensor:
+        """(D, D)."""
+        return self.factor.T @ self.factor
+
+    @classmethod
+    def of_moments(cls, mean: Tensor, cov: Tensor, n: int) -> Gaussian:
+        """From a mean (D,) and a covariance (D, D); its eigenvalues within rounding of zero are zero."""
+        values, vectors = torch.linalg.eigh(cov.double())
+        rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps
+        return cls(mean.double(), values.where(values > rounding, 0.0).sqrt()[:, None] * vectors.T, n)
+
+
+def gaussian(features: Tensor) -> Gaussian:
+    """The Gaussian with the mean and the unbiased covariance of features (N, D), N >= 2.
+
+    Raises ValueError where there are fewer, or where one is not a finite number.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"a distribution needs features (N, D) of two clips at least, got {tuple(features.shape)}")
+    if not features.isfinite().all():
+        bad = int((~features.isfinite().all(dim=1)).sum())
+        raise ValueError(f"{bad} of {len(features)} features are NaN or infinite; look at the clips that they are of")
+    features = features.double()
+    mean = features.mean(dim=0)
+    factor = (features - mean) / math.sqrt(len(features) - 1)
+    if len(features) > features.shape[1]:
+        factor = torch.linalg.qr(factor, mode="r").R
+    return Gaussian(mean, factor, len(features))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mean_a - mean_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2, in squared units of the features.
+
+    With A = X^T X and B = Y^T Y the last trace is the sum of the singular values of X Y^T.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared; use one network")
+    shared = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
+    spread = a.factor.square().sum() + b.factor.square().sum()
+    return max(float((a.mean - b.mean).square().sum() + spread - 2 * shared), 0.0)

@@ -1,0 +1,134 @@
+"""What an evaluation found: rows of figures, the protocol they were made by, tables and files. Knows no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["clips", "images", "plain", "motions", "held_out"]
+"""What is asked for. clips: captions as in training, held against other real clips; images: one frame of each subject;
+plain: a clip of each subject; motions: subjects under each motion; held_out: pairs of them that no training clip shows.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The figures of one setting of one model; None where a figure has no meaning."""
+
+    model: str
+    fingerprint: str
+    """Of every weight, the noise schedule and the size: the same model."""
+    protocol: str
+    """Hash of all that figures depend on beside model and setting."""
+    kind: Kind
+    setting: str
+    """SAMPLER@STEPS[:GUIDANCE]; or "real", the clips that the prompts were taken from; or those "autoencoded"."""
+    n: int
+    evaluations: int
+    """Of the network, for one clip."""
+    seconds: float | None
+    """To denoise and decode one clip: the median."""
+    concept_accuracy: float
+    """Share of the judged frames that show the subject of the prompt."""
+    named: int
+    """Clips whose prompt names a motion."""
+    motion_accuracy: float | None
+    """Share of those that show it."""
+    motion_amount: float | None
+    """Mean change from frame to frame, over that of the real clips of the same prompts."""
+    fvd_like: float | None = None
+    """Frechet distance to the real reference."""
+    fvd_floor: float | None = None
+    """The same of other real clips, as many: what a perfect model would get."""
+    hardware: str
+    missed_concepts: dict[str, int] = field(default_factory=dict)
+    """The commonest mistakes, "asked -> seen", in frames."""
+    missed_motions: dict[str, int] = field(default_factory=dict)
+    """The same in clips."""
+
+
+COLUMNS = {
+    "model": "model",
+    "kind": "kind",
+    "setting": "setting",
+    "evaluations": "evaluations",
+    "fvd_like": "FVD-like",
+    "fvd_floor": "floor",
+    "concept_accuracy": "concept",
+    "motion_accuracy": "motion",
+    "motion_amount": "motion amount",
+    "seconds": "s/clip",
+    "n": "n",
+}
+
+
+def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
+    """Markdown, a line a row. ``mixed`` admits rows of several protocols, and says of each row which one it is.
+
+    Raises ValueError for several protocols where that was not said: their figures do not compare.
+    """
+    protocols = list(dict.fromkeys(row.protocol for row in rows))
+    if len(protocols) > 1 and not mixed:
+        raise ValueError(
+            f"rows of {len(protocols)} protocols ({', '.join(protocols)}) do not compare; measure them alike, "
+            "or say mixed=True"
+        )
+    columns = {**COLUMNS, "protocol": "protocol"} if mixed else COLUMNS
+    lines = [[_cell(name, getattr(row, name)) for name in columns] for row in rows]
+    marks = ["---" if name in ("model", "kind", "setting", "protocol") else "---:" for name in columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])
+
+
+def _cell(name: str, value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    if name in ("concept_accuracy", "motion_accuracy"):
+        return f"{value:.1%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def facts_hash(facts: Mapping[str, Any]) -> str:
+    """A short name for facts of JSON's types, whatever their order: blake2b."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def row_path(out: Path, kind: Kind, setting: str) -> Path:
+    """Where a row lies in ``out``: ``rows/lcm@4.json``, or ``rows/images-lcm@4.json`` for other kinds than clips."""
+    return out / "rows" / f"{'' if kind == 'clips' else kind + '-'}{file_stem(setting)}.json"
+
+
+def file_stem(setting: str) -> str:
+    """A setting as part of a file's name: a colon has a meaning of its own on some systems."""
+    return setting.replace(":", "-")
+
+
+def read_row(path: Path) -> Row:
+    """What ``write_json`` wrote of a row. Raises ValueError naming a file that holds none."""
+    try:
+        return Row(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no row of figures ({error}); remove it to have it measured again") from error
+
+
+def write_row(row: Row, path: Path) -> None:
+    """One row, whole or not at all."""
+    write_json(asdict(row), path)
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """JSON under a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def summary(rows: Sequence[Row], protocol: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
+    """An evaluation as one object: the facts that its hash is of, the versions that ran, the rows."""
+    facts = {**protocol, "hash": facts_hash(protocol)}
+    return {"protocol": facts, "versions": dict(versions), "rows": [asdict(row) for row in rows]}

@@ -1,0 +1,120 @@
+"""Figures of clips whose quality is known: real ones, frozen ones, those of a style."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from animatelcm.data.emoji import drawn
+from animatelcm.data.sprites import PACK
+from animatelcm.evaluate.judge import FLOOR_SEED, PROMPT_SEED, Judge, Protocol
+from animatelcm.evaluate.prompts import prompts
+from animatelcm.evaluate.report import facts_hash
+
+FEW = ("parrot", "banana", "rocket", "zebra")
+PROTOCOL = Protocol(clips=12, real=24, concepts=FEW)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return Judge(PROTOCOL, tmp_path_factory.mktemp("judge"))
+
+
+def real(protocol, kind="clips"):
+    shots = prompts(kind, protocol.data(PROMPT_SEED, protocol.clips))
+    return shots, [drawn(shot, protocol.pack) for shot in shots]
+
+
+def test_real_clips_get_full_marks(judge):
+    shots, clips = real(PROTOCOL)
+    figures = judge.figures("clips", shots, clips)
+    assert figures["concept_accuracy"] >= 0.95
+    assert figures["motion_accuracy"] == 1
+    assert figures["motion_amount"] == 1
+    assert figures["named"] == sum(bool(shot.named) for shot in shots) > 2
+    assert figures["n"] == 12
+    assert 0.5 < figures["fvd_like"] / figures["fvd_floor"] < 2
+
+
+def test_exchanged_clips_show_other_subjects_and_motions(judge):
+    shots, clips = real(PROTOCOL, "motions")
+    one = judge.figures("motions", shots, clips[1:] + clips[:1])
+    same = np.mean([a.slug == b.slug for a, b in zip(shots, shots[1:] + shots[:1], strict=True)])
+    assert one["motion_accuracy"] == pytest.approx(1 / 12)  # both rounds begin with the same motion
+    assert one["concept_accuracy"] == pytest.approx(same, abs=0.06)
+    assert sum(one["missed_motions"].values()) == 11
+    assert one["fvd_like"] is None
+
+
+def test_the_floor_is_the_distance_of_real_clips(judge):
+    data = PROTOCOL.data(FLOOR_SEED, PROTOCOL.clips)
+    assert judge.fvd_like([data[i].frames for i in range(12)]) == pytest.approx(judge.reference.floor, rel=1e-4)
+
+
+def test_frozen_and_spoilt_clips_are_farther(judge):
+    _, clips = real(PROTOCOL)
+    frozen = [np.repeat(clip[:1], 16, axis=0) for clip in clips]
+    assert judge.fvd_like(frozen) > 1.2 * judge.fvd_like(clips)
+    noise = np.random.default_rng(0).normal(0, 30, clips[0].shape)
+    noisy = [np.clip(clip + noise, 0, 255).astype(np.uint8) for clip in clips]
+    assert judge.fvd_like(noisy) > 1.4 * judge.fvd_like(clips)
+
+
+def test_images_have_no_motion_figures(judge):
+    shots, clips = real(PROTOCOL, "images")
+    figures = judge.figures("images", shots, clips)
+    assert [key for key, value in figures.items() if value is None] == [
+        "motion_accuracy",
+        "motion_amount",
+        "fvd_like",
+        "fvd_floor",
+    ]
+    assert figures["concept_accuracy"] == 1
+
+
+def test_real_features_are_made_once(judge):
+    kept = judge.reference
+
+    def forbidden(*_):
+        raise AssertionError("made again")
+
+    again = Judge(PROTOCOL, judge.folder, forbidden).reference
+    assert again.floor == kept.floor
+    assert len(list(judge.folder.glob("real-*.safetensors"))) == 2
+
+
+def test_a_personal_style_is_judged_by_that_style():
+    protocol = Protocol(clips=6, real=6, concepts=FEW, style_truth="twemoji")
+    shots, clips = real(protocol)
+    assert {shot.style for shot in shots} == {"twemoji"}
+    classifier = Judge(protocol, PACK).classifier
+    assert "twemoji" in classifier.styles
+    seen = classifier.predict(np.concatenate([clip[:1] for clip in clips]))
+    assert [FEW[i] for i in seen] == [shot.slug for shot in shots]
+
+
+def test_a_sheet_by_its_path_is_the_same_style_under_another_hash():
+    by_name, by_path = (Protocol(style_truth=truth) for truth in ("twemoji", str(PACK / "twemoji.webp")))
+    assert by_path.data(1, 9).shot(3) == by_name.data(1, 9).shot(3)
+    assert facts_hash(by_name.facts) != facts_hash(by_path.facts)
+
+
+def test_the_protocol_is_named_by_all_that_it_says():
+    variants = [
+        Protocol(),
+        Protocol(clips=255),
+        Protocol(real=99),
+        Protocol(style_truth="noto"),
+        Protocol(concepts=FEW),
+    ]
+    assert len({facts_hash(protocol.facts) for protocol in variants}) == 5
+    assert facts_hash(Protocol().facts) == facts_hash(variants[0].facts)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"clips": 1}, "clips=1"), ({"real": 0}, "real=0"), ({"style_truth": "no-such"}, "no sheet for style 'no-such'")],
+)
+def test_senseless_protocols_are_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        Protocol(**wrong)
