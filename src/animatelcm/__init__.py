@@ -11,9 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from animatelcm.bundle import load as load
     from animatelcm.config import TrainConfig as TrainConfig
+    from animatelcm.fusion import fuse as fuse
+    from animatelcm.fusion import unfuse as unfuse
     from animatelcm.model import VideoModel as VideoModel
-    from animatelcm.model import load as load
     from animatelcm.pipeline import Pipeline as Pipeline
     from animatelcm.request import SampleRequest as SampleRequest
     from animatelcm.request import Video as Video
@@ -31,10 +33,12 @@ _HOMES = {
     "TrainConfig": "config",
     "Video": "request",
     "VideoModel": "model",
-    "load": "model",
+    "fuse": "fusion",
+    "load": "bundle",
     "sample": "sampling",
     "sample_steps": "sampling",
     "train": "training",
+    "unfuse": "fusion",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from animatelcm import video
-from animatelcm.model import FACTS_FILE, find
+from animatelcm.bundle import FACTS_FILE, find
 from animatelcm.weights.files import read_header, read_metadata
 
 PARTS = ("unet", "motion_adapter", "vae", "text_encoder")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from animatelcm.model import VideoModel, load
+from animatelcm.bundle import load
+from animatelcm.model import VideoModel
 from animatelcm.request import SampleRequest, Video
 from animatelcm.sampling import sample
 

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,6 +15,49 @@ if TYPE_CHECKING:
     from animatelcm.model import Facts
 
 Sampler = Literal["lcm", "ddim", "dpm++"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which weights: a bundle, and what is added to it."""
+
+    model: str = "emoji"
+    """"emoji" (embedded), a model folder, or a Hugging Face id."""
+    style: UseAppendAction[tuple[str, ...]] = ()
+    """A style LoRA, FILE or FILE:SCALE, or the name of one of the model's own; may be given several times."""
+    image_scale: float = 1.0
+    """Beta: how much of the model's image acceleration; 0.8 is a usual choice with styles."""
+    teacher: bool = False
+    """The many-step model that this one was distilled from."""
+
+    def styles(self) -> list[tuple[str, float]]:
+        """(file or name, scale) of each style. Raises ValueError where a scale is no number."""
+        return [_scaled(text) for text in self.style]
+
+    def words(self) -> list[str]:
+        """As the command line has it; defaults are left out."""
+        words = ["--model", self.model]
+        for text in self.style:
+            words += ["--style", text]
+        words += ["--image-scale", _number(self.image_scale)] if self.image_scale != 1 else []
+        return words + (["--teacher"] if self.teacher else [])
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    name, colon, scale = text.rpartition(":")
+    if not colon or "/" in scale or "\\" in scale:
+        return text, 1.0
+    try:
+        return name, float(scale)
+    except ValueError as error:
+        raise ValueError(f"style {text!r}: {scale!r} is no scale; write FILE or FILE:0.8") from error
+
+
+def _number(value: float | None) -> str:
+    """In full, so that it reads back as the same number; 4.0 is 4."""
+    return repr(value).removesuffix(".0")
+
+
 LIMITS = {"num_inference_steps": 1000, "num_frames": 64, "height": 4096, "width": 4096, "num_videos_per_prompt": 10_000}
 
 
@@ -87,16 +130,17 @@ class Video:
     """Network evaluations it took, a guided one counted twice."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def recipe(self, model: str, version: str) -> dict[str, str]:
-        """What is written into the file: every field of the request, where the model was, version, the command."""
-        made = {key: str(value) for key, value in dataclasses.asdict(self.request).items()}
-        return {**made, "model": model, "animatelcm": version, "command": command(self.request, model)}
+    def recipe(self, source: ModelSource, version: str) -> dict[str, str]:
+        """What is written into the file: every field of the request and of the model's source, version, the command."""
+        made = {**dataclasses.asdict(self.request), **dataclasses.asdict(source), "style": " ".join(source.style)}
+        facts = {"animatelcm": version, "command": command(self.request, source)}
+        return {key: str(value) for key, value in made.items()} | facts
 
 
-def command(request: SampleRequest, model: str) -> str:
+def command(request: SampleRequest, source: ModelSource) -> str:
     """The command line that makes a resolved request again."""
-    words = ["animatelcm", "generate", request.prompt, "--model", model]
-    words += ["--steps", str(request.num_inference_steps), "--guidance", f"{request.guidance_scale:g}"]
+    words = ["animatelcm", "generate", request.prompt, *source.words()]
+    words += ["--steps", str(request.num_inference_steps), "--guidance", _number(request.guidance_scale)]
     if request.negative_prompt:
         words += ["--negative", request.negative_prompt]
     words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]

@@ -1,0 +1,125 @@
+"""The sum of weights on a whole model: put there in place, taken out again bit for bit, or made permanent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from animatelcm.model import VideoModel
+from animatelcm.weights.files import State, read_safetensors
+from animatelcm.weights.formats import Lora, read_lora
+from animatelcm.weights.fuse import fused
+
+Weighted = tuple[str | Path | Lora, float]
+"""A LoRA and its scale: a file, a style of the model by its name, or a LoRA that is loaded already."""
+
+
+def fuse(
+    model: VideoModel,
+    *,
+    style: Weighted | Sequence[Weighted] = (),
+    image: Weighted | float = 0.0,
+    motion: tuple[Path | State, float] | None = None,
+) -> None:
+    """Make the model w0 + alpha * style + beta * image_acceleration + gamma * motion (AnimateLCM-2, eq. 1-2), in place.
+
+    It starts from the base each time, so a second call replaces the first, and sampling costs what it did. ``image``
+    is a LoRA with its beta, or a beta for the model's own. ``motion`` replaces the temporal layers by a file's, with
+    their outer ``proj_out`` scaled by gamma: 0 is the image model; None leaves them as they are.
+
+    Raises ValueError naming the first key that does not fit the model, and then nothing has changed.
+    """
+    acceleration = (model.image_lora, image) if isinstance(image, int | float) else image
+    parts = [(_lora(model, source), scale) for source, scale in (*_listed(style), acceleration)]
+    base = base_state(model)
+    changed = fused(base, parts)
+    if motion is not None:
+        changed |= _motion(base, *motion)
+    unfuse(model)
+    _put(model, changed.items(), keep=True)
+
+
+def unfuse(model: VideoModel) -> None:
+    """Back to the base, bit for bit."""
+    _put(model, model.kept.items(), keep=False)
+    model.kept.clear()
+
+
+def baked(model: VideoModel) -> VideoModel:
+    """The same weights as a plain model, which no longer knows what it was made of: what is fused is now its base.
+
+    It shares its networks with ``model``, which is not to be fused or unfused any more.
+    """
+    return replace(model, image_lora={}, styles={}, teacher_motion={}, kept={}, facts=replace(model.facts, teacher={}))
+
+
+def base_state(model: VideoModel) -> State:
+    """The weights that a sum starts from, by ``<part>.<name>``: those in the model, or kept of it where fused."""
+    live = {
+        f"{part}.{name}": value
+        for part in ("unet", "text_encoder")
+        for name, value in model.networks[part].state_dict().items()
+    }
+    return live | {name: value.to(live[name].device) for name, value in model.kept.items()}
+
+
+def _listed(style: Weighted | Sequence[Weighted]) -> Sequence[Weighted]:
+    """A style by itself is a list of one."""
+    alone = isinstance(style, tuple) and len(style) == 2 and not isinstance(style[0], tuple)
+    return [style] if alone else style
+
+
+def _lora(model: VideoModel, source: str | Path | Lora) -> Lora:
+    if isinstance(source, dict):
+        return source
+    if (named := model.styles.get(str(source))) is not None:
+        return named
+    if not Path(source).is_file():
+        known = f", or one of the model's styles: {', '.join(model.styles)}" if model.styles else ""
+        raise ValueError(f"no LoRA {str(source)!r}: give a .safetensors file{known}")
+    return read_lora(Path(source), model.modules())
+
+
+def _motion(base: State, source: Path | State, gamma: float) -> State:
+    """New temporal layers by ``unet.<name>``, gamma times as strong."""
+    if not math.isfinite(gamma):
+        raise ValueError(
+            f"gamma={gamma} of temporal layers is no number to multiply by; 1 takes all of them, 0 nothing"
+        )
+    state = source if isinstance(source, dict) else read_safetensors(Path(source))
+    state = {f"unet.{key}": value for key, value in state.items() if not key.endswith("pos_embed.pe")}
+    for key in sorted(state.keys() | {name for name in base if "motion_modules" in name}):
+        if problem := _misfit(key, state, base):
+            raise ValueError(f"temporal layers do not fit: {key} {problem}; take those of this architecture")
+    return {key: _scaled(key, value.float(), gamma).to(base[key].dtype) for key, value in state.items()}
+
+
+def _misfit(key: str, state: State, base: State) -> str:
+    """What is wrong with a key, as the rest of a sentence; empty if nothing is."""
+    if key not in base or "motion_modules" not in key:
+        return "is no temporal layer of the model"
+    if key not in state:
+        return "is missing in the file"
+    if state[key].shape != base[key].shape:
+        return f"is {tuple(state[key].shape)} in the file, {tuple(base[key].shape)} in the model"
+    return "" if state[key].isfinite().all() else "holds numbers that are not finite"
+
+
+def _scaled(key: str, value: Tensor, gamma: float) -> Tensor:
+    outer = ".transformer_blocks." not in key and ".proj_out." in key
+    return value * gamma if outer else value
+
+
+@torch.no_grad()
+def _put(model: VideoModel, values: Iterable[tuple[str, Tensor]], *, keep: bool) -> None:
+    live = {part: network.state_dict() for part, network in model.networks.items()}
+    for key, value in values:
+        part, _, name = key.partition(".")
+        if keep:
+            model.kept[key] = live[part][name].to("cpu", copy=True)
+        live[part][name].copy_(value)
