@@ -13,9 +13,9 @@ ROOT = Path(animatelcm.__file__).parent
 ROWS = [
     {"schedule", "solver", "consistency", "losses", "ema", "rng"},
     {"nets", "weights", "data", "video", "images", "streams"},
-    {"config", "request", "model", "miniature", "roles"},
+    {"config", "request", "model", "fusion", "bundle", "miniature", "roles"},
     {"objectives", "sampling", "windows", "evaluate", "inspection", "pipeline"},
-    {"recipes", "checkpoint", "training", "log"},
+    {"recipes", "checkpoint", "planning", "training", "log"},
     {"cli", "server", "ui", "cluster", "__main__"},
 ]
 

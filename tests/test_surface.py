@@ -7,16 +7,18 @@ from pathlib import Path
 
 import animatelcm
 from animatelcm import cli, recipes
-from animatelcm.config import DataConfig, TrainConfig
+from animatelcm.config import ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
 from animatelcm.model import Facts
-from animatelcm.request import SampleRequest, Video
+from animatelcm.request import ModelSource, SampleRequest, Video
 
+CONFIGS = (TrainConfig, DataConfig, LoraConfig, ConsistencyConfig)
+KINDS = (SampleRequest, ModelSource, Video, Facts, *CONFIGS, *cli.VERBS.values(), cli.RunOptions)
 RECORD = Path(__file__).with_name("surface.txt")
 
 
 def _surface() -> list[str]:
     lines = [f"animatelcm.{name}" for name in animatelcm.__all__]
-    for kind in (SampleRequest, Video, Facts, TrainConfig, DataConfig, cli.Generate, cli.Inspect, cli.RunOptions):
+    for kind in KINDS:
         lines += [f"{kind.__name__}.{field.name}" for field in fields(kind)]
     lines += [
         f"recipe {name}"

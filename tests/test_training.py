@@ -66,7 +66,7 @@ def test_only_what_a_recipe_names_is_trained(tmp_path):
     motion = _tiny(recipes.teacher_emoji, teacher, steps=2)
     motion = replace(motion, model=str(config.folder / "model"))
     train(motion)
-    from animatelcm.model import load
+    from animatelcm.bundle import load
 
     before, after = load(config.folder / "model"), load(motion.folder / "model")
     for part in ("vae", "text_encoder", "unet"):

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: tensors by name in safetensors, a manifest written last, all or nothing.
 
 Layout of ``checkpoints/step-00000500``: ``weights.safetensors`` (what trains, float32), ``ema.safetensors``,
-``optimizer.safetensors`` (``<parameter>/<state>``), ``manifest.json`` (step, seconds, config). Random
-state needs no file.
+``target.safetensors`` (of a distillation), ``optimizer.safetensors`` (``<parameter>/<state>``), ``manifest.json``
+(step, seconds, config). Random state needs no file.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class TrainState:
     parameters: Mapping[str, Tensor]
     ema: Ema
     optimizer: Optimizer
+    target: Ema | None = None
+    """The average that makes a consistency distillation's targets."""
     seconds: float = 0.0
     """Time spent in steps, over all resumptions."""
 
@@ -43,6 +45,8 @@ def save(state: TrainState, folder: Path, config: str) -> Path:
     unfinished.mkdir(parents=True)
     write_safetensors(dict(state.parameters), unfinished / "weights.safetensors")
     write_safetensors(state.ema.state_dict(), unfinished / "ema.safetensors")
+    if state.target is not None:
+        write_safetensors(state.target.state_dict(), unfinished / "target.safetensors")
     write_safetensors(_optimizer_tensors(state), unfinished / "optimizer.safetensors")
     manifest = {"step": state.step, "seconds": round(state.seconds, 1), "config": json.loads(config)}
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2))
@@ -69,6 +73,8 @@ def restore(state: TrainState, path: Path) -> None:
         for name, parameter in state.parameters.items():
             parameter.copy_(weights[name])
     state.ema.load_state_dict(read_safetensors(path / "ema.safetensors"))
+    if state.target is not None:
+        state.target.load_state_dict(read_safetensors(path / "target.safetensors"))
     _restore_optimizer(state, read_safetensors(path / "optimizer.safetensors"))
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
 
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
-from animatelcm.request import SampleRequest
+from animatelcm.evaluate.report import Kind
+from animatelcm.request import ModelSource, SampleRequest
 
 if TYPE_CHECKING:
+    from animatelcm.model import VideoModel
     from animatelcm.request import Video
 
 
@@ -25,8 +30,7 @@ class Generate:
     """Make videos from a sentence."""
 
     request: Annotated[SampleRequest, arg(name="")]
-    model: str = "emoji"
-    """"emoji" (embedded), a model folder, or a Hugging Face id."""
+    source: Annotated[ModelSource, arg(name="")] = field(default_factory=ModelSource)
     size: str | None = None
     """Width and height in pixels, as 64x64; instead of --width and --height."""
     out: Path | None = None
@@ -45,17 +49,14 @@ class Generate:
         for target in targets:
             video.check_path(target, overwrite=self.force)
         began = time.perf_counter()
-        from animatelcm.model import load
-        from animatelcm.sampling import best_device
-
         request = _sized(self.request, self.size)
-        model = load(self.model, device=best_device() if self.device == "auto" else self.device)
+        model = _load(self.source, self.device)
         request = request.resolved(model.facts, model.downscale)
         loaded = time.perf_counter() - began
         videos = _with_bar(model, request, quiet=self.json)
         for made, target in zip(videos, targets, strict=True):
             video.write(
-                made.frames, target, fps=made.fps, metadata=made.recipe(self.model, __version__), overwrite=self.force
+                made.frames, target, fps=made.fps, metadata=made.recipe(self.source, __version__), overwrite=self.force
             )
         seconds = {"load": loaded, **_sum_seconds(videos), "total": time.perf_counter() - began}
         self._report(request, videos, targets, seconds)
@@ -65,12 +66,35 @@ class Generate:
     ) -> None:
         evaluations = sum(made.evaluations for made in videos)
         if self.json:
-            files = {"model": self.model, "files": [str(target) for target in targets]}
+            files = {**asdict(self.source), "files": [str(target) for target in targets]}
             rounded = {phase: round(value, 3) for phase, value in seconds.items()}
             _say(json.dumps({**asdict(request), **files, "seconds": rounded, "network_evaluations": evaluations}))
         else:
             phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
             _say(f"{', '.join(map(str, targets))}: {seconds['total']:.1f} s ({phases}), {evaluations} evaluations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fuse:
+    """Add styles and image acceleration up into one model, w0 + alpha style + beta acceleration + motion, as a folder.
+
+    Its unet/ is the sum, so that every tool that reads diffusers folders has it.
+    """
+
+    out: Path
+    """The model folder to write."""
+    source: Annotated[ModelSource, arg(name="")] = field(default_factory=ModelSource)
+    force: bool = False
+    """Replace a model folder that exists."""
+
+    def run(self) -> None:
+        if self.out.exists() and not (self.force and (self.out / "model_index.json").is_file()):
+            raise ValueError(f"{self.out} exists; choose another name, or add --force to replace a model folder")
+        from animatelcm.bundle import save
+        from animatelcm.fusion import baked
+
+        save(baked(_load(self.source, "cpu")), self.out)
+        _say(f"model in {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +114,71 @@ class Inspect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure how good a miniature's clips are: distance to real ones, subjects, motions, seconds."""
+
+    out: Path
+    """Folder for rows/, report.json, contact sheets, and what is kept of real clips. A second run measures only what
+    is not there yet."""
+    source: Annotated[ModelSource, arg(name="")] = field(default_factory=ModelSource)
+    style_truth: str = ""
+    """The style that clips ought to have: prompts and real clips are of this sheet (twemoji, or a .webp's path)."""
+    settings: tuple[str, ...] = ()
+    """SAMPLER@STEPS[:GUIDANCE] each, such as lcm@4 or ddim@25:4. Default: the model's own."""
+    kinds: tuple[Kind, ...] = ("clips",)
+    """clips: captions as in training, held against other real clips; images, plain: of each subject; motions, held_out:
+    subjects under each motion, pairs that no training clip shows."""
+    clips: int = 256
+    """Prompts of the kind clips, and at most as many of each other kind."""
+    real: int = 2048
+    """Real clips that those are held against."""
+    ceilings: bool = False
+    """Also judge the real clips of the prompts, and those through the model's autoencoder."""
+    sheet: bool = False
+    """Also draw 16 fixed prompts: sheet-SETTING.png."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto: the fastest here."""
+    force: bool = False
+    """Replace rows of another model or protocol."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def run(self) -> None:
+        from animatelcm.evaluate import emoji
+        from animatelcm.evaluate.judge import Protocol
+        from animatelcm.evaluate.report import file_stem, summary, table, write_json
+        from animatelcm.video import write_image
+
+        settings = [emoji.Setting.parse(text) for text in self.settings]
+        protocol = Protocol(clips=self.clips, real=self.real, style_truth=self.style_truth)
+        model = _load(self.source, self.device)
+        settings = settings or [emoji.Setting.of(model.facts)]
+        with _bars(quiet=self.json) as progress:
+            rows = emoji.evaluate(
+                model,
+                shlex.join(self.source.words()[1:]),
+                settings=settings,
+                protocol=protocol,
+                out=self.out,
+                kinds=self.kinds,
+                ceilings=self.ceilings,
+                force=self.force,
+                progress=progress,
+            )
+            for setting in settings if self.sheet else []:
+                sheet = emoji.contact_sheet(model, setting, progress)
+                write_image(sheet, self.out / f"sheet-{file_stem(str(setting))}.png", overwrite=True)
+        report = summary(rows, protocol.facts, emoji.versions())
+        write_json(report, self.out / "report.json")
+        _say(json.dumps(report) if self.json else table(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How to run a recipe, as opposed to what it is."""
 
     dry_run: bool = False
-    """Print the plan and stop."""
+    """Print the resolved recipe and what a step of it will cost, and stop."""
     resume: bool = False
     """Continue from the newest checkpoint of the run's folder."""
     stop_after: int | None = None
@@ -104,11 +188,20 @@ class RunOptions:
 def _train(config: TrainConfig, options: RunOptions) -> None:
     """Run a training recipe: animatelcm train RECIPE [--field value]; without a recipe it lists them."""
     if options.dry_run:
-        _say(config.to_json())
+        _plan(config)
         return
     from animatelcm.training import train
 
     _say(f"model in {train(config, resume=options.resume, stop_after=options.stop_after)}")
+
+
+def _plan(config: TrainConfig) -> None:
+    """The resolved config as JSON on stdout, what it will cost on stderr."""
+    _say(config.to_json())
+    if config.trainable != "autoencoder":
+        from animatelcm.planning import plan
+
+        sys.stderr.write(plan(config).text() + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-VERBS = {"generate": Generate, "inspect": Inspect}
+VERBS = {"generate": Generate, "fuse": Fuse, "inspect": Inspect, "eval": Eval}
 
 
 def _run(words: list[str]) -> None:
@@ -153,6 +246,13 @@ def _train_verb(words: list[str]) -> None:
     tyro.cli(run, args=words[1:], prog=f"animatelcm train {words[0]}", description=recipe.__doc__)
 
 
+def _load(source: ModelSource, device: str) -> VideoModel:
+    from animatelcm.bundle import load_sum
+    from animatelcm.sampling import best_device
+
+    return load_sum(source, device=best_device() if device == "auto" else device)
+
+
 def _with_bar(model: object, request: SampleRequest, *, quiet: bool) -> list[Video]:
     from rich.console import Console
     from rich.progress import Progress
@@ -162,6 +262,24 @@ def _with_bar(model: object, request: SampleRequest, *, quiet: bool) -> list[Vid
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(request.prompt, total=request.num_inference_steps * request.num_videos_per_prompt)
         return sample(model, request, progress=lambda _: bar.advance(task))
+
+
+@contextmanager
+def _bars(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar on stderr for whatever is being done: (title, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=total)
+            bar.update(tasks[title], completed=done, visible=done < total)
+
+        yield show
 
 
 def _targets(out: Path, count: int) -> list[Path]:

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 DataKind = Literal["emoji-images", "emoji-clips", "folder"]
-Objective = Literal["autoencoder", "diffusion"]
-Trainable = Literal["autoencoder", "image", "motion"]
+Objective = Literal["autoencoder", "diffusion", "consistency"]
+Trainable = Literal["autoencoder", "image", "motion", "lora"]
+LCM_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+"""What LCM-LoRA changes: 278 layers of Stable Diffusion 1.5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class DataConfig:
     """The 64 concepts that two CPU cores can learn, or all of the pack."""
     styles: tuple[str, ...] = ("noto", "fluent-flat", "fluent-3d")
     """Sheets of the pack by name, or the path of any .webp sheet of the same layout (openmoji, say)."""
+    moments: float = 0.5
+    """Share of images that are moments of motions; the rest stands still."""
     degrade: bool = False
     """Make clips look as web videos do: blurred, blocky, watermarked, vaguely captioned."""
     num_frames: int = 16
@@ -45,6 +52,62 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank layers beside the spatial ones; what they add counts alpha / rank."""
+
+    name: str = "style"
+    """Of its file, and of the style in the bundle."""
+    rank: int = 64
+    alpha: float = 8.0
+    targets: tuple[str, ...] = LCM_TARGETS
+    """Ends of the names of layers that get one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise ValueError(f"a LoRA needs rank >= 1, alpha > 0 and targets, got {self.rank}, {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    """Consistency distillation (AnimateLCM, section 4; the names of its symbols)."""
+
+    solver_steps: int = 50
+    """N: the sparse timesteps out of 1000 that are distilled; sampling visits some of them."""
+    k: int | None = None
+    """How many of the 1000 timesteps one solver step leads back; None: to the sparse neighbour, 1000 / N."""
+    w_min: float = 5.0
+    w_max: float = 15.0
+    """Guidance that the teacher's step is augmented with (eq. 7, 8), uniform; w = 0 is none, w = scale - 1."""
+    huber_c: float = 1e-3
+    distance: Literal["elements", "clip"] = "elements"
+    """Pseudo-Huber of every element, averaged (released code), or of the whole clip's norm (as the paper writes)."""
+    delta: float = 0.0
+    gamma: float = 1.0
+    """lambda_n = (1 - delta n / N)^gamma (eq. 10)."""
+    mu: float = 0.95
+    """Decay of the target's average."""
+    mu_lora: float = 0.95
+    """Decay with which a frozen LoRA reaches the target."""
+    target: Literal["ema", "online"] = "ema"
+    """Who makes the target: the average, or the student itself without gradient."""
+    init: Literal["ema", "direct"] = "ema"
+    """How a frozen LoRA comes to the target: by averaging (the paper's initialisation strategy), or at once."""
+    decouple: bool = True
+    """Temporal layers learn on top of stage 1's frozen LoRA; False: both learn on videos, without stage 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.w_min <= self.w_max:
+            raise ValueError(f"w_min={self.w_min}, w_max={self.w_max}: give 0 <= w_min <= w_max")
+        for name in ("mu", "mu_lora", "delta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
+        if self.huber_c <= 0:
+            raise ValueError(f"huber_c={self.huber_c} must be positive, in units of latents")
+        if not 1 <= self.solver_steps <= 1000 or (self.k is not None and self.k < 1):
+            raise ValueError(f"solver_steps={self.solver_steps} (1..1000) or k={self.k} (1 or more) is out of range")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run; recipes are functions that return one."""
 
@@ -54,6 +117,10 @@ class TrainConfig:
     model: str = "emoji"
     """What it starts from: "emoji", a bundle's folder, a hub id, or "new" for the miniature with random weights."""
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig | None = None
+    """LoRA layers to train; where only temporal layers train, those of the model's stage 1 are there, frozen."""
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    """For objective "consistency"."""
     out: Path = Path("runs/out")
     steps: int = 1000
     batch_size: int = 32
@@ -68,6 +135,8 @@ class TrainConfig:
     text_dropout: float = 0.1
     max_loss_weight: float = 1.0
     """Above 1: weight the noise error of a timestep by 1 + 1 / SNR up to this bound; 1 weights all alike."""
+    word_weight: float = 0.0
+    """Where the text encoder trains: how much it counts that every word stays legible in the text embedding."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
@@ -88,6 +157,18 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if self.data.kind == "emoji-images" and self.trainable == "motion":
             raise ValueError('trainable="motion" needs clips; choose data.kind "emoji-clips" or "folder"')
+        if self.objective == "consistency" and self.trainable not in ("lora", "motion"):
+            raise ValueError(f'objective="consistency" trains "lora" or "motion", not {self.trainable!r}')
+        if self.trains_lora != (self.lora is not None):
+            raise ValueError(
+                'lora describes what trains: give it with trainable="lora" or without decoupling, only there'
+            )
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether LoRA layers learn: by themselves, or with the temporal layers where nothing is decoupled."""
+        coupled = self.objective == "consistency" and self.trainable == "motion" and not self.consistency.decouple
+        return self.trainable == "lora" or coupled
 
     @property
     def folder(self) -> Path:
@@ -116,11 +197,11 @@ def _from_dict(kind: Any, values: dict[str, Any], where: str) -> Any:  # noqa: A
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - any JSON value to any field
-    if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value, where)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
+    if described := [option for option in options if dataclasses.is_dataclass(option)]:
+        return _from_dict(described[0], value, where)
     if Path in options:
         return Path(value)
     if typing.get_origin(hint) is tuple:

@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from animatelcm.config import ConsistencyConfig
+from animatelcm.consistency import consistency_function
 from animatelcm.data.batches import ClipBatch
-from animatelcm.losses import mse
+from animatelcm.losses import mse, pseudo_huber, pseudo_huber_norm, step_weight
 from animatelcm.nets.emoji import LATENT_NOISE
+from animatelcm.solver import DDIMSolver, guided_eps, to_x0
 
 if TYPE_CHECKING:
     from animatelcm.model import VideoModel
+    from animatelcm.roles import Role, Roles
+
+DISTANCES = {"elements": pseudo_huber, "clip": pseudo_huber_norm}
 
 Draw = Callable[[str], torch.Generator]
 """Stream name -> the generator of this step (``rng.generator`` with seed, step and rank filled in)."""
@@ -28,23 +34,81 @@ class Terms(NamedTuple):
 
 
 def diffusion(
-    model: VideoModel, batch: ClipBatch, draw: Draw, *, text_dropout: float, max_weight: float = 1.0
+    model: VideoModel,
+    batch: ClipBatch,
+    draw: Draw,
+    *,
+    text_dropout: float,
+    max_weight: float = 1.0,
+    word_weight: float = 0.0,
 ) -> Terms:
     """Mean squared error of the predicted noise (DDPM), on images (F = 1, no temporal layers) and on clips.
 
     The text of a clip is dropped with probability ``text_dropout``, which is what guidance needs. ``max_weight`` > 1
-    weights each clip as the error of v would (1 + 1 / SNR, Salimans and Ho 2022), up to that bound.
+    weights each clip as the error of v would (1 + 1 / SNR, Salimans and Ho 2022), up to that bound. ``word_weight`` > 0
+    adds that much of ``illegibility``, for a text encoder that trains too.
     """
     assert batch.latents is not None
     x_0 = batch.latents.to(model.device)
     size, frames = x_0.shape[0], x_0.shape[2]
-    text = model.embed(dropped(batch.captions, text_dropout, draw("text")))
+    captions = dropped(batch.captions, text_dropout, draw("text"))
+    text = model.embed(captions)
     t = torch.randint(model.schedule.num_train_timesteps, (size,), generator=draw("timestep")).to(x_0.device)
     eps = torch.randn(x_0.shape, generator=draw("noise")).to(x_0.device)
     predicted = model.unet(model.schedule.add_noise(x_0, eps, t), t, text, motion=frames > 1)
     error = mse(predicted - eps)
     weight = model.schedule.level(t).alpha.square().reciprocal().clamp(max=max_weight)
-    return Terms(weight * error, {"mse": error.mean().detach()})
+    loss, logs = weight * error, {"mse": error.mean().detach()}
+    if word_weight > 0:
+        words = illegibility(model, captions, text)
+        loss, logs = loss + word_weight * words, {**logs, "words": words.mean().detach()}
+    return Terms(loss, logs)
+
+
+def illegibility(model: VideoModel, captions: Sequence[str], text: Tensor) -> Tensor:
+    """Cross-entropy (B,) of telling each token of a caption from its own embedding in text (B, L, D), among the input
+    embeddings. It keeps words apart that no image tells apart, as CLIP's contrastive training does: temporal layers
+    could not steer by a word that the text encoder has dropped.
+    """
+    tokens = model.tokens(captions)
+    logits = text @ model.text_encoder.get_input_embeddings().weight.T
+    wrong = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").unflatten(0, tokens.shape)
+    spoken = tokens != model.tokenizer.pad_token_id
+    return (wrong * spoken).sum(1) / spoken.sum(1).clamp(min=1)
+
+
+def consistency(model: VideoModel, roles: Roles, batch: ClipBatch, draw: Draw, *, config: ConsistencyConfig) -> Terms:
+    """Consistency distillation of images (F = 1, no temporal layers) and clips (AnimateLCM, eq. 10).
+
+    A clip is noised to t_{n+1}, n uniform. The teacher, guided with w ~ U[w_min, w_max], leads it one solver step back
+    (eq. 7, 8); the student's prediction of x_0 there is pulled to the target's from the earlier point.
+    """
+    assert batch.latents is not None
+    x_0 = batch.latents.to(model.device)
+    size, motion = x_0.shape[0], x_0.shape[2] > 1
+    solver = DDIMSolver(model.schedule, config.solver_steps, config.k)
+    index = torch.randint(config.solver_steps, (size,), generator=draw("timestep")).to(x_0.device)
+    eps = torch.randn(x_0.shape, generator=draw("noise")).to(x_0.device)
+    w = torch.rand(size, generator=draw("guidance")) * (config.w_max - config.w_min) + config.w_min
+    t, s = solver.times(index)
+    x_t = model.schedule.add_noise(x_0, eps, t)
+    text = model.embed(batch.captions)
+
+    predicted = consistency_function(x_t, roles.student(x_t, t, text, motion=motion).float(), t, model.schedule)
+    with torch.no_grad():
+        solved = _guided(roles.teacher, x_t, t, text, model.embed([""]), w.to(x_0.device), motion=motion)
+        x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
+        target = consistency_function(x_s, roles.target(x_s, s, text, motion=motion).float(), s, model.schedule)
+    distance = DISTANCES[config.distance](predicted - target, config.huber_c)
+    weight = step_weight(index, config.solver_steps, config.delta, config.gamma)
+    return Terms(weight * distance, {"mse": mse(predicted.detach() - target).mean()})
+
+
+def _guided(role: Role, x: Tensor, t: Tensor, text: Tensor, no_text: Tensor, w: Tensor, *, motion: bool) -> Tensor:
+    """Predicted noise guided by w (B,), both halves in one batch, [without text, with text]."""
+    both = torch.cat([no_text.expand_as(text), text])
+    uncond, cond = role(torch.cat([x, x]), torch.cat([t, t]), both, motion=motion).float().chunk(2)
+    return guided_eps(cond, uncond, w=w)
 
 
 def dropped(captions: Sequence[str], probability: float, source: torch.Generator) -> list[str]:

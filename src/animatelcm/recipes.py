@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from animatelcm.config import DataConfig, TrainConfig
+from animatelcm.config import LCM_TARGETS, ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
 
 PROMPTS = (
     "a parrot",
@@ -70,6 +71,7 @@ def base_emoji() -> TrainConfig:
         learning_rate=1e-3,
         lr_schedule="onecycle",
         max_loss_weight=100.0,
+        word_weight=0.1,
         warmup_steps=300,
         sample_every=1500,
         sample_prompts=PROMPTS,
@@ -93,3 +95,140 @@ def teacher_emoji() -> TrainConfig:
         sample_every=1100,
         sample_prompts=MOTION_PROMPTS,
     )
+
+
+def style_lora_emoji() -> TrainConfig:
+    """A personal style of the miniature: a LoRA on the image model, from still images of a style it never saw."""
+    return TrainConfig(
+        name="style_lora_emoji",
+        objective="diffusion",
+        trainable="lora",
+        model="runs/out/teacher_emoji/model",
+        data=DataConfig(kind="emoji-images", length=8_000, styles=("twemoji",), moments=0.0),
+        lora=LoraConfig(name="twemoji", rank=16, alpha=16.0),
+        steps=800,
+        batch_size=32,
+        learning_rate=2e-3,
+        lr_schedule="onecycle",
+        weight_decay=0.0,
+        max_loss_weight=100.0,
+        warmup_steps=50,
+        sample_every=400,
+        sample_prompts=PROMPTS,
+    )
+
+
+def image_lcm_emoji() -> TrainConfig:
+    """Stage 1 on the miniature: consistency distillation of the image model into a LoRA, on clean images."""
+    return TrainConfig(
+        name="image_lcm_emoji",
+        objective="consistency",
+        trainable="lora",
+        model="runs/out/style_lora_emoji/model",
+        data=DataConfig(kind="emoji-images", length=32_000),
+        lora=LoraConfig(name="image_lcm", rank=16, alpha=16.0),
+        consistency=ConsistencyConfig(w_min=2.0, w_max=4.0),
+        steps=1_500,
+        batch_size=32,
+        learning_rate=1e-3,
+        lr_schedule="onecycle",
+        weight_decay=0.0,
+        text_dropout=0.0,
+        warmup_steps=50,
+        sample_every=500,
+        sample_prompts=PROMPTS,
+    )
+
+
+def video_lcm_emoji() -> TrainConfig:
+    """Stage 2 on the miniature: consistency distillation of the temporal layers, stage 1 frozen below them."""
+    return TrainConfig(
+        name="video_lcm_emoji",
+        objective="consistency",
+        trainable="motion",
+        model="runs/out/image_lcm_emoji/model",
+        data=DataConfig(kind="emoji-clips", length=2_000),
+        consistency=ConsistencyConfig(w_min=2.0, w_max=4.0),
+        steps=1_500,
+        batch_size=4,
+        learning_rate=5e-4,
+        lr_schedule="onecycle",
+        weight_decay=0.0,
+        text_dropout=0.0,
+        warmup_steps=50,
+        sample_every=500,
+        sample_prompts=MOTION_PROMPTS,
+    )
+
+
+def video_lcm_coupled_emoji() -> TrainConfig:
+    """The papers' "without decoupling": LoRA and temporal layers learned together, on videos, from the same teacher."""
+    config = video_lcm_emoji()
+    return replace(
+        config,
+        name="video_lcm_coupled_emoji",
+        model="runs/out/style_lora_emoji/model",
+        lora=image_lcm_emoji().lora,
+        consistency=replace(config.consistency, decouple=False),
+    )
+
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def style_lora_sd15() -> TrainConfig:
+    """A style LoRA of Stable Diffusion 1.5 from a folder of captioned images: kohya's usual layers and sizes."""
+    return TrainConfig(
+        name="style_lora_sd15",
+        objective="diffusion",
+        trainable="lora",
+        model=SD15,
+        data=DataConfig(kind="folder", path=Path("data/style"), width=512, height=512, num_frames=1),
+        lora=LoraConfig(rank=32, alpha=16.0, targets=LCM_TARGETS[:8]),
+        steps=3_000,
+        batch_size=4,
+        learning_rate=1e-4,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+    )
+
+
+def image_lcm_sd15() -> TrainConfig:
+    """Stage 1 on Stable Diffusion 1.5: LCM-LoRA's settings (rank 64, w in 5..15, N = 50) under AnimateDiff's noise."""
+    return TrainConfig(
+        name="image_lcm_sd15",
+        objective="consistency",
+        trainable="lora",
+        model=SD15,
+        data=DataConfig(kind="folder", path=Path("data/images"), width=512, height=512, num_frames=1),
+        lora=LoraConfig(name="image_lcm", rank=64, alpha=8.0),
+        steps=10_000,
+        batch_size=16,
+        learning_rate=1e-4,
+        text_dropout=0.0,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+    )
+
+
+def video_lcm_sd15() -> TrainConfig:
+    """Stage 2 as the paper has it: 16 frames of 512x512, N = 50, AnimateDiff's temporal layers as the teacher."""
+    return TrainConfig(
+        name="video_lcm_sd15",
+        objective="consistency",
+        trainable="motion",
+        model="runs/out/image_lcm_sd15/model",
+        data=DataConfig(kind="folder", path=Path("data/videos"), width=512, height=512, num_frames=16),
+        steps=50_000,
+        batch_size=1,
+        learning_rate=5e-6,
+        text_dropout=0.0,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+    )
+
+
+def video_lcm_sd15_n100() -> TrainConfig:
+    """Stage 2 on the grid of the released weights: N = 100 (4 steps: 999, 749, 499, 249)."""
+    config = video_lcm_sd15()
+    return replace(config, name="video_lcm_sd15_n100", consistency=replace(config.consistency, solver_steps=100))

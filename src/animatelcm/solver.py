@@ -61,16 +61,20 @@ class DDIMSolver:
 
     schedule: NoiseSchedule
     n: int
+    k: int | None = None
+    """Timesteps that a step leads back, T // n where None; more or fewer leave the grid."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.schedule.num_train_timesteps:
             raise ValueError(f"n={self.n} solver steps; choose 1..{self.schedule.num_train_timesteps}")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k={self.k} timesteps back; choose 1 or more")
 
     def times(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(t, s): where step `index` (B,) int64, 0..n-1, begins and ends."""
         stride = self.schedule.num_train_timesteps // self.n
         t = (index + 1) * stride - 1
-        return t, (t - stride).clamp(min=0)
+        return t, (t - (stride if self.k is None else self.k)).clamp(min=0)
 
     def step(self, x_0: Tensor, eps: Tensor, index: Tensor) -> Tensor:
         """x_s (B, ...) from the (guided) predictions x_0 and eps at the beginning of step `index`."""

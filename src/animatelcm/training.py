@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from animatelcm import checkpoint, objectives, video
+from animatelcm.bundle import load, save, write_named_lora
 from animatelcm.checkpoint import TrainState
-from animatelcm.config import DataConfig, TrainConfig
+from animatelcm.config import ConsistencyConfig, DataConfig, TrainConfig
 from animatelcm.data.batches import Batches, ClipBatch, ClipDataset, draw_indices, latent_batches, pixel_batches
 from animatelcm.data.clips import FolderDataset
 from animatelcm.data.emoji import EmojiClips, EmojiImages
@@ -31,16 +32,21 @@ from animatelcm.data.sprites import SMALL_CONCEPTS, SpritePack
 from animatelcm.ema import Ema
 from animatelcm.log import RunLog
 from animatelcm.miniature import fresh
-from animatelcm.model import VideoModel, load, with_motion
+from animatelcm.model import VideoModel, with_motion
 from animatelcm.nets import emoji as shapes
+from animatelcm.nets import lora
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.objectives import Draw, Terms
 from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
+from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "lcm"}
+"""How a distilled model is sampled."""
 
 
 class _Step(nn.Module):
@@ -86,14 +92,39 @@ def _claim(config: TrainConfig, resume: bool) -> None:
 
 
 def _starting_model(config: TrainConfig) -> VideoModel:
-    model = fresh(config.seed) if config.model == "new" else load(config.model)
-    if config.trainable == "motion" and model.unet.motion is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+    """The many-step model with what will train in it: fresh temporal or LoRA layers, or those of stage 1."""
+    model = fresh(config.seed) if config.model == "new" else load(config.model, teacher=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.trainable == "motion" and model.unet.motion is None:
             model = with_motion(model, shapes.MOTION if model.facts.name == "emoji" else MotionConfig())
+        if config.lora is not None:
+            lora.inject(model.unet, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    if config.trainable in ("autoencoder", "image"):
+        model = replace(model, image_lora={}, styles={})  # they were made for other weights
+    if config.objective == "consistency":
+        model = _to_distil(config, model)
     model.unet.enable_gradient_checkpointing(config.gradient_checkpointing)
     for _, parameter in named_trainable(model, config):
         parameter.requires_grad_(True)
+    return model
+
+
+def _to_distil(config: TrainConfig, model: VideoModel) -> VideoModel:
+    """Settings of a few-step model; where temporal layers will train, the teacher's are kept and stage 1 is there."""
+    teacher = {name: getattr(model.facts, name) for name in FEW_STEPS}
+    schedule = replace(model.schedule, solver_steps=config.consistency.solver_steps)
+    model = replace(model, schedule=schedule, facts=replace(model.facts, **FEW_STEPS, teacher=teacher))
+    if config.trainable == "motion":
+        motion = {name: value for name, value in model.unet.state_dict().items() if "motion_modules" in name}
+        model.teacher_motion = {name: value.clone() for name, value in motion.items()}
+        if config.consistency.decouple:
+            if not model.image_lora:
+                raise ValueError(
+                    f"{config.model} has no image acceleration to build on: run image_lcm first, "
+                    "or learn both at once with --consistency.no-decouple and --lora"
+                )
+            lora.attach(model.unet, model.image_lora)
     return model
 
 
@@ -101,10 +132,16 @@ def named_trainable(model: VideoModel, config: TrainConfig) -> Iterator[tuple[st
     """The parameters that a config trains, by state-file name."""
     for part, network in model.networks.items():
         for name, parameter in network.named_parameters():
-            motion = part == "unet" and "motion_modules" in name
-            kind = "autoencoder" if part == "vae" else "motion" if motion else "image"
-            if kind == config.trainable:
+            if _kind(part, name) == config.trainable or (config.trains_lora and _kind(part, name) == "lora"):
                 yield f"{part}.{name}", parameter
+
+
+def _kind(part: str, name: str) -> str:
+    if part == "unet" and "motion_modules" in name:
+        return "motion"
+    if ".lora_A." in name or ".lora_B." in name:
+        return "lora"
+    return "autoencoder" if part == "vae" else "image"
 
 
 def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
@@ -112,7 +149,8 @@ def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-    return TrainState(0, parameters, Ema(config.ema_decay, parameters), optimizer)
+    target = Ema(config.consistency.mu, parameters) if config.objective == "consistency" else None
+    return TrainState(0, parameters, Ema(config.ema_decay, parameters), optimizer, target)
 
 
 def _run(
@@ -120,7 +158,7 @@ def _run(
 ) -> None:
     """Steps from ``state.step`` to the end, an interrupt or ``stop_after``."""
     source = open_source(config, model)
-    step_module, optimizer = accelerator.prepare(_Step(model, _objective(config, model)), state.optimizer)
+    step_module, optimizer = accelerator.prepare(_Step(model, _objective(config, model, state)), state.optimizer)
     last = min(stop_after or config.steps, config.steps)
     with RunLog(config.folder, config.name, state.step, config.steps) as log, _interrupt() as interrupted:
         while state.step < last and not interrupted():
@@ -143,6 +181,8 @@ def _run(
             state.step += 1
             state.ema.decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
             state.ema.update(state.parameters)
+            if state.target is not None:
+                state.target.update(state.parameters)
             state.seconds += time.perf_counter() - began
             _after_step(config, accelerator, model, state, terms, log)
         if accelerator.is_main_process:
@@ -151,11 +191,29 @@ def _run(
             log.note(source.dataset.summary())
 
 
-def _objective(config: TrainConfig, model: VideoModel) -> Callable[[ClipBatch, Draw], Terms]:
+def _objective(config: TrainConfig, model: VideoModel, state: TrainState) -> Callable[[ClipBatch, Draw], Terms]:
     if config.objective == "autoencoder":
         return partial(objectives.autoencoder, model)
-    options = {"text_dropout": config.text_dropout, "max_weight": config.max_loss_weight}
+    if config.objective == "consistency":
+        return partial(_distil, config.consistency, model, state)
+    options = {
+        "text_dropout": config.text_dropout,
+        "max_weight": config.max_loss_weight,
+        "word_weight": config.word_weight,
+    }
     return partial(objectives.diffusion, model, **options)
+
+
+def _distil(config: ConsistencyConfig, model: VideoModel, state: TrainState, batch: ClipBatch, draw: Draw) -> Terms:
+    assert state.target is not None
+    roles = consistency_roles(
+        model.unet,
+        config,
+        step=state.step,
+        average={name.removeprefix("unet."): value for name, value in state.target.state_dict().items()},
+        teacher_motion=model.teacher_motion,
+    )
+    return objectives.consistency(model, roles, batch, draw, config=config)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -242,7 +300,7 @@ def open_dataset(data: DataConfig) -> ClipDataset:
     concepts = SMALL_CONCEPTS if data.concepts == "small" else tuple(pack.concepts)
     common = {"length": data.length, "seed": data.seed, "concepts": concepts, "styles": styles, "pack": pack}
     if data.kind == "emoji-images":
-        return EmojiImages(**common)
+        return EmojiImages(**common, moments=data.moments)
     return EmojiClips(**common, degrade=data.degrade)
 
 
@@ -254,7 +312,7 @@ def _content(data: DataConfig) -> list[tuple[str, int, int]]:
 
 def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
     """A sheet of the run's prompts in ``samples/`` of its folder: one row a clip, or one row of images."""
-    frames = 1 if config.trainable == "image" else None
+    frames = 1 if config.data.kind == "emoji-images" else None
     rows = [
         sample(model, SampleRequest(prompt=prompt, num_frames=frames, seed=i))[0].frames
         for i, prompt in enumerate(config.sample_prompts)
@@ -267,11 +325,20 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
 
 
 def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> None:
-    """Write the bundle, with what was done to it."""
+    """Write the bundle, with what was done to it, and a LoRA that was learned by itself too."""
+    learned = lora.eject(model.unet)
+    if config.lora is not None:
+        name, fast = config.lora.name, config.objective == "consistency"
+        kind = "acceleration" if fast else "style"
+        write_named_lora(learned, config.folder / f"{name}.safetensors", title=name, kind=kind, base=model.facts.name)
+        if fast:
+            model.image_lora = learned
+        else:
+            model.styles[name] = learned
     done = {"steps": state.step, "clips": state.step * config.batch_size, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
     facts = replace(model.facts, trained={**model.facts.trained, config.name: done})
-    replace(model, facts=facts).save(config.folder / "model", dtype=torch.float32)
+    save(replace(model, facts=facts), config.folder / "model", dtype=torch.float32)
 
 
 def hardware() -> str:

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from animatelcm import recipes
+from animatelcm.config import ConsistencyConfig, LoraConfig
+from animatelcm.nets import lora
+from animatelcm.planning import GIB
+from animatelcm.planning import plan as counted
+
+pytest.importorskip("peft")
+plan = cache(counted)
+
+
+def _both(objective: str, kind: str):
+    """A LoRA on the miniature's clips or images, trained by this objective."""
+    config = recipes.style_lora_emoji()
+    return replace(config, objective=objective, batch_size=2, data=replace(config.data, kind=kind))
+
+
+def _inputs(frames: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
+    return torch.randn(batch, 16, frames, 8, 8), torch.full((batch,), 500), torch.randn(batch, 32, 128)
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("emoji-images", 1), ("emoji-clips", 16)])
+def test_a_distillation_adds_three_evaluations(fresh_model, kind, frames):
+    """The target's, and the teacher's with and without text, as counted on real tensors."""
+    config = _both("consistency", kind)
+    unet = copy.deepcopy(fresh_model.unet)
+    lora.inject(unet, rank=config.lora.rank, alpha=1.0, targets=config.lora.targets)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        unet(*_inputs(frames), motion=frames > 1)
+    found = plan(config).flops - plan(_both("diffusion", kind)).flops
+    assert found == 3 * config.batch_size * counter.get_total_flops()
+
+
+def test_activations_are_what_the_forward_pass_keeps(fresh_model):
+    config = replace(recipes.teacher_emoji(), batch_size=2)
+    unet = copy.deepcopy(fresh_model.unet)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("motion_modules" in name)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = unet(*_inputs(16, batch=2))
+    expected = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
+    assert result.requires_grad
+    assert plan(config).activations_gib * GIB == pytest.approx(expected, rel=0.03)
+
+
+def test_checkpointing_trades_memory_for_computation():
+    config = recipes.teacher_emoji()
+    plain, checkpointed = plan(config), plan(replace(config, gradient_checkpointing=True))
+    assert checkpointed.activations_gib < 0.3 * plain.activations_gib
+    assert plain.flops < checkpointed.flops < 1.5 * plain.flops
+    assert checkpointed.weights_gib == plain.weights_gib
+
+
+def test_costs_grow_with_the_batch_and_halve_with_the_precision():
+    config = recipes.teacher_emoji()
+    one, two = (plan(replace(config, batch_size=size)) for size in (1, 2))
+    assert two.flops == 2 * one.flops
+    assert two.activations_gib == pytest.approx(2 * one.activations_gib, rel=1e-3)
+    half = plan(replace(config, batch_size=2, mixed_precision="bf16"))
+    assert half.activations_gib == pytest.approx(two.activations_gib / 2, rel=1e-6)
+
+
+def test_what_trains_is_what_the_recipe_says(fresh_model):
+    sizes = {name: parameter.numel() for name, parameter in fresh_model.unet.named_parameters()}
+    motion = sum(size for name, size in sizes.items() if "motion_modules" in name)
+    spatial = sum(sizes.values()) - motion
+    assert plan(recipes.base_emoji()).trainable == plan(recipes.base_emoji()).parameters == spatial
+    teacher, style = plan(recipes.teacher_emoji()), plan(recipes.style_lora_emoji())
+    assert (teacher.trainable, teacher.parameters) == (motion, spatial + motion)
+    assert style.parameters == spatial + style.trainable
+    stage_1, stage_2 = plan(recipes.image_lcm_emoji()), plan(recipes.video_lcm_emoji())
+    assert stage_1.trainable == 2 * style.trainable  # rank 32, not 16
+    assert (stage_2.trainable, stage_2.parameters) == (motion, spatial + motion + stage_1.trainable)
+
+
+def test_memory_of_weights_by_hand():
+    stage_1, stage_2 = plan(recipes.image_lcm_emoji()), plan(recipes.video_lcm_emoji())
+    base, motion = plan(recipes.base_emoji()), stage_2.trainable
+    assert base.weights_gib * GIB == pytest.approx(4 * 5 * base.parameters)  # itself, gradient, two moments, average
+    assert stage_1.weights_gib * GIB == pytest.approx(4 * (stage_1.parameters + 5 * stage_1.trainable))  # and a target
+    assert stage_2.weights_gib * GIB == pytest.approx(4 * (stage_2.parameters + 6 * motion))  # and the teacher's
+    coupled = replace(
+        recipes.video_lcm_emoji(), consistency=ConsistencyConfig(decouple=False), lora=LoraConfig(rank=32)
+    )
+    both = plan(coupled)
+    assert both.trainable == motion + stage_1.trainable
+    assert both.weights_gib * GIB == pytest.approx(4 * (both.parameters + 5 * both.trainable + motion))
+
+
+def test_an_autoencoder_has_no_plan():
+    with pytest.raises(ValueError, match="vae_emoji trains an autoencoder"):
+        plan(recipes.vae_emoji())
