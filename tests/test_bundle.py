@@ -191,7 +191,7 @@ def test_diffusers_draws_the_same_picture(folder, source):
     from diffusers import StableDiffusionPipeline
 
     path = find("emoji") if source == "the shipped bundle" else folder
-    model = load(path)
+    model = load(path, teacher=True)
     pipe = StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     request = SampleRequest(prompt="a parrot", num_frames=1, num_inference_steps=8, guidance_scale=4.0, seed=3)

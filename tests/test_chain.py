@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from animatelcm import recipes
+from animatelcm import objectives, recipes
 from animatelcm.bundle import load, load_sum
+from animatelcm.data.batches import draw_indices
 from animatelcm.nets.lora import layers
 from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.rng import generator
+from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample
-from animatelcm.training import train
+from animatelcm.stages import named_trainable, starting_model
+from animatelcm.training import learning_rate, open_source, train
 
 STAGES = {
     recipes.style_lora_emoji: {"steps": 45, "batch_size": 8, "warmup_steps": 5},
@@ -43,11 +48,64 @@ def chain(tmp_path_factory):
     return folders
 
 
+def _losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_every_stage_improves_its_loss(chain):
     for name, folder in chain.items():
-        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = _losses(folder)
         third = len(losses) // 3
         assert fmean(losses[-third:]) < 0.9 * fmean(losses[:third]), name
+
+
+def test_temporal_layers_learn_more_than_the_target_absorbs(chain, tmp_path):
+    """The same draws at a rate of nothing: what the loss does by itself while the LoRA reaches the target."""
+    config = _small(recipes.video_lcm_emoji, chain["image_lcm_emoji"] / "model", tmp_path, learning_rate=1e-12)
+    train(config)
+    idle, learned = _losses(config.folder), _losses(chain["video_lcm_emoji"])
+    assert learned[0] == idle[0]
+    third = len(idle) // 3
+    assert fmean(learned[-third:]) < 0.95 * fmean(idle[-third:])
+
+
+def test_a_fresh_student_of_stage_two_draws_the_images_of_stage_one(chain):
+    folder = chain["image_lcm_emoji"] / "model"
+    first, second = load(folder), starting_model(_small(recipes.video_lcm_emoji, folder, folder))
+    x, t, text = torch.randn(2, 16, 1, 8, 8), torch.tensor([900, 40]), first.embed(["a fox", ""])
+    with torch.no_grad():
+        ours, theirs = (model.unet(x, t, text, motion=False) for model in (second, first))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_training_is_the_objective_an_optimiser_and_two_averages(chain, tmp_path):
+    """Two steps of the loop against the same by hand: the order of updates, and what each of them sees."""
+    config = _small(recipes.video_lcm_emoji, chain["image_lcm_emoji"] / "model", tmp_path, steps=2)
+    train(config)
+    (saved,) = (config.folder / "checkpoints").iterdir()
+    model = starting_model(config)
+    live = dict(named_trainable(model, config))
+    bare = {name.removeprefix("unet."): parameter for name, parameter in live.items()}
+    optimizer = torch.optim.AdamW(live.values(), betas=config.betas, weight_decay=config.weight_decay)
+    target = {name: parameter.detach().clone() for name, parameter in bare.items()}
+    source = open_source(config, model)
+    for step in range(2):
+        indices = draw_indices(12, config.batch_size, seed=config.seed, step=step, rank=0)
+        roles = consistency_roles(
+            model.unet, config.consistency, step=step, average=target, teacher_motion=model.teacher_motion
+        )
+        draw = partial(generator, config.seed, step, 0)
+        terms = objectives.consistency(model, roles, source.batches(indices), draw, config=config.consistency)
+        optimizer.zero_grad()
+        terms.loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(live.values(), config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        optimizer.step()
+        mu = config.consistency.mu
+        target = {name: mu * target[name] + (1 - mu) * bare[name].detach() for name in target}
+    weights, averages = (load_file(saved / f"{part}.safetensors") for part in ("weights", "target"))
+    assert all(torch.allclose(weights[name], parameter, atol=1e-6) for name, parameter in live.items())
+    assert all(torch.allclose(averages[f"unet.{name}"], value, atol=1e-6) for name, value in target.items())
 
 
 def test_the_last_bundle_holds_it_all(chain):

@@ -320,4 +320,8 @@ def test_the_target_has_the_lora_at_once_or_is_the_student_where_that_is_asked_f
     assert torch.allclose(direct, online, atol=1e-12)
     assert torch.equal(same, online)
     assert (late - online).abs().max() > 1e-3
-    assert views["{'init': 'ema'}"].teacher.overrides.keys() == lora.scaled(model.unet, 0.0).keys()
+    plain, base, _ = _plain(model.unet)
+    with torch.no_grad():
+        bare = views["{'init': 'ema'}"].teacher(x, t, text, motion=True)
+        assert torch.allclose(bare, functional_call(plain, base, (x, t, text)), atol=1e-12)
+        assert torch.equal(model.unet(x, t, text), online)  # the LoRA layers act again

@@ -104,8 +104,10 @@ def test_styles_and_acceleration_add_up(model):
         torch.testing.assert_close(after[key], (before[key].double() + delta).to(before[key].dtype), rtol=0, atol=1e-6)
     fuse(model, style=("soft", 0.7))
     alone = copied(model)
-    fuse(model, style=[("soft", 0.7)], image=0.0)
-    assert differing(model, alone) == set()
+    fuse(model, style=[("soft", 0.7)], image=0.8)
+    assert differing(model, alone) == set()  # the acceleration that was there stayed
+    fuse(model, style=("soft", 0.7), image=0.0)
+    assert differing(model, alone)
 
 
 def test_gamma_goes_from_the_image_model_to_the_file(model, tmp_path):

@@ -15,7 +15,7 @@ ROWS = [
     {"nets", "weights", "data", "video", "images", "streams"},
     {"config", "request", "model", "fusion", "bundle", "miniature", "roles"},
     {"objectives", "sampling", "windows", "evaluate", "inspection", "pipeline"},
-    {"recipes", "checkpoint", "planning", "training", "log"},
+    {"recipes", "checkpoint", "planning", "stages", "training", "log"},
     {"cli", "server", "ui", "cluster", "__main__"},
 ]
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from animatelcm import recipes
 from animatelcm.config import DataConfig
 from animatelcm.data.sprites import PACK
-from animatelcm.training import learning_rate, named_trainable, open_dataset, open_source, train
+from animatelcm.stages import named_trainable
+from animatelcm.training import learning_rate, open_dataset, open_source, train
 
 
 def _tiny(recipe, out, **changes):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -115,12 +115,18 @@ def write_named_lora(
     write_lora(lora, path, metadata=facts, dtype=dtype)
 
 
-def load(source: str | Path = "emoji", *, device: torch.device | str = "cpu", teacher: bool = False) -> VideoModel:
+def load(
+    source: str | Path = "emoji",
+    *,
+    device: torch.device | str = "cpu",
+    teacher: bool = False,
+    image_scale: float = 1.0,
+) -> VideoModel:
     """Load a bundle: "emoji" (embedded), a folder, or a Hugging Face id. Weights are float32, in channels-last order.
 
-    A distilled bundle comes with its image acceleration fused at scale 1; ``teacher`` loads the many-step model that it
-    was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. Raises ValueError where
-    a folder is no bundle, naming what is missing.
+    A distilled bundle comes with its image acceleration fused at ``image_scale``; ``teacher`` loads the many-step model
+    that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. Raises
+    ValueError where a folder is no bundle, naming what is missing.
     """
     folder = find(source)
     if not (folder / "unet" / "config.json").is_file():
@@ -137,7 +143,7 @@ def load(source: str | Path = "emoji", *, device: torch.device | str = "cpu", te
         tokenizer=_quietly(CLIPTokenizer.from_pretrained, folder / "tokenizer"),
         schedule=NoiseSchedule.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json")),
         facts=_load_facts(folder, str(source)),
-        teacher_motion=_read_motion(folder / "motion_adapter_teacher"),
+        teacher_motion=_read_motion_state(folder / "motion_adapter_teacher"),
     )
     _read_loras(model, folder)
     for network in model.networks.values():
@@ -145,8 +151,8 @@ def load(source: str | Path = "emoji", *, device: torch.device | str = "cpu", te
     model.to(device)
     if teacher:
         return _as_teacher(model)
-    if model.image_lora:
-        fuse(model, image=1.0)
+    if model.image_lora and image_scale:
+        fuse(model, image=image_scale)
     return model
 
 
@@ -156,12 +162,11 @@ def load_sum(source: ModelSource, *, device: torch.device | str = "cpu") -> Vide
     Raises ValueError where a part is missing or does not fit, and where ``image_scale`` has nothing to scale.
     """
     styles = source.styles()
-    model = load(source.model, device=device, teacher=source.teacher)
-    accelerated = bool(model.image_lora) and not source.teacher
-    if source.image_scale not in (0, 1) and not accelerated:
+    model = load(source.model, device=device, teacher=source.teacher, image_scale=source.image_scale)
+    if source.image_scale not in (0, 1) and not model.acceleration[0]:
         raise ValueError(f"image_scale={source.image_scale}: this model has no image acceleration; leave the scale out")
-    if styles or source.image_scale != 1:
-        fuse(model, style=styles, image=source.image_scale if accelerated else 0.0)
+    if styles:
+        fuse(model, style=styles)
     return model
 
 
@@ -217,14 +222,28 @@ def _load_unet(folder: Path) -> VideoUNet:
     state = read_safetensors(folder / "unet" / WEIGHTS)
     motion = None
     if (folder / "motion_adapter" / "config.json").is_file():
-        motion = MotionConfig.from_diffusers(_read_json(folder / "motion_adapter" / "config.json"))
-        state |= _read_motion(folder / "motion_adapter")
+        motion, temporal = read_motion_adapter(folder / "motion_adapter")
+        state |= temporal
     unet = VideoUNet(config, motion)
     unet.load_state_dict({key: value.float() for key, value in state.items()})
     return unet
 
 
-def _read_motion(folder: Path) -> State:
+class MotionAdapter(NamedTuple):
+    """Temporal layers: their shape, and their weights by their names in ``unet``."""
+
+    config: MotionConfig
+    state: State
+
+
+def read_motion_adapter(folder: Path) -> MotionAdapter:
+    """Temporal layers from the folder of a diffusers ``MotionAdapter``. Raises ValueError where there are none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no MotionAdapter: config.json is missing; give a folder that diffusers saved")
+    return MotionAdapter(MotionConfig.from_diffusers(_read_json(folder / "config.json")), _read_motion_state(folder))
+
+
+def _read_motion_state(folder: Path) -> State:
     """Temporal layers by their names in ``unet``, without positions, which are regenerated; {} where there are none."""
     weights = read_safetensors(folder / WEIGHTS) if folder.is_dir() else {}
     return {key: value.float() for key, value in weights.items() if not key.endswith("pos_embed.pe")}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from animatelcm.config import TrainConfig
 from animatelcm.ema import Ema
 from animatelcm.weights.files import State, read_safetensors, write_safetensors
 
@@ -33,6 +34,8 @@ class TrainState:
     optimizer: Optimizer
     target: Ema | None = None
     """The average that makes a consistency distillation's targets."""
+    start: str = ""
+    """Fingerprint of the model that the run began with, whose frozen parts no checkpoint holds."""
     seconds: float = 0.0
     """Time spent in steps, over all resumptions."""
 
@@ -48,7 +51,12 @@ def save(state: TrainState, folder: Path, config: str) -> Path:
     if state.target is not None:
         write_safetensors(state.target.state_dict(), unfinished / "target.safetensors")
     write_safetensors(_optimizer_tensors(state), unfinished / "optimizer.safetensors")
-    manifest = {"step": state.step, "seconds": round(state.seconds, 1), "config": json.loads(config)}
+    manifest = {
+        "step": state.step,
+        "start": state.start,
+        "seconds": round(state.seconds, 1),
+        "config": json.loads(config),
+    }
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2))
     shutil.rmtree(final, ignore_errors=True)
     unfinished.replace(final)
@@ -62,9 +70,17 @@ def finished(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
 
 
+def config_of(path: Path) -> TrainConfig:
+    """The config of the run that wrote a checkpoint."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    return TrainConfig.from_json(json.dumps(manifest["config"]))
+
+
 def restore(state: TrainState, path: Path) -> None:
     """Put a checkpoint back into a fresh state of the same run, in place. Raises ValueError if names differ."""
     manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["start"] != state.start:
+        raise ValueError(f"{path} began with another model than the one here; choose another name to begin anew")
     state.step, state.seconds = manifest["step"], manifest["seconds"]
     weights = read_safetensors(path / "weights.safetensors")
     if odd := weights.keys() ^ state.parameters.keys():

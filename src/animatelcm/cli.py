@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import AvoidSubcommands, Positional, arg
 
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
@@ -124,7 +124,7 @@ class Eval:
     style_truth: str = ""
     """The style that clips ought to have: prompts and real clips are of this sheet (twemoji, or a .webp's path)."""
     settings: tuple[str, ...] = ()
-    """SAMPLER@STEPS[:GUIDANCE] each, such as lcm@4 or ddim@25:4. Default: the model's own."""
+    """SAMPLER@STEPS[:GUIDANCE][/trailing] each, such as lcm@4 or ddim@25:4. Default: the model's own."""
     kinds: tuple[Kind, ...] = ("clips",)
     """clips: captions as in training, held against other real clips; images, plain: of each subject; motions, held_out:
     subjects under each motion, pairs that no training clip shows."""
@@ -192,7 +192,13 @@ def _train(config: TrainConfig, options: RunOptions) -> None:
         return
     from animatelcm.training import train
 
-    _say(f"model in {train(config, resume=options.resume, stop_after=options.stop_after)}")
+    model = train(config, resume=options.resume, stop_after=options.stop_after)
+    if model is not None:
+        _say(f"model in {model}")
+        return
+    _say(f"stopped before step {config.steps}; the same line with --resume goes on")
+    if options.stop_after is None:
+        raise SystemExit(130)  # interrupted: a chain of recipes must not go on
 
 
 def _plan(config: TrainConfig) -> None:
@@ -243,7 +249,13 @@ def _train_verb(words: list[str]) -> None:
         _train(config, options)
 
     run.__annotations__["config"] = Annotated[TrainConfig, arg(name="", default=recipe())]
-    tyro.cli(run, args=words[1:], prog=f"animatelcm train {words[0]}", description=recipe.__doc__)
+    tyro.cli(
+        run,
+        args=words[1:],
+        prog=f"animatelcm train {words[0]}",
+        description=recipe.__doc__,
+        config=(AvoidSubcommands,),
+    )
 
 
 def _load(source: ModelSource, device: str) -> VideoModel:

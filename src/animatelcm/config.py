@@ -86,12 +86,12 @@ class ConsistencyConfig:
     """lambda_n = (1 - delta n / N)^gamma (eq. 10)."""
     mu: float = 0.95
     """Decay of the target's average."""
-    mu_lora: float = 0.95
-    """Decay with which a frozen LoRA reaches the target."""
+    mu_lora: float | None = None
+    """Decay with which a frozen LoRA reaches the target; None: mu, as if the merged weights were averaged."""
     target: Literal["ema", "online"] = "ema"
     """Who makes the target: the average, or the student itself without gradient."""
     init: Literal["ema", "direct"] = "ema"
-    """How a frozen LoRA comes to the target: by averaging (the paper's initialisation strategy), or at once."""
+    """How a frozen LoRA comes to an averaged target: by averaging (the paper's initialisation strategy), or at once."""
     decouple: bool = True
     """Temporal layers learn on top of stage 1's frozen LoRA; False: both learn on videos, without stage 1."""
 
@@ -99,7 +99,7 @@ class ConsistencyConfig:
         if not 0 <= self.w_min <= self.w_max:
             raise ValueError(f"w_min={self.w_min}, w_max={self.w_max}: give 0 <= w_min <= w_max")
         for name in ("mu", "mu_lora", "delta"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if self.huber_c <= 0:
             raise ValueError(f"huber_c={self.huber_c} must be positive, in units of latents")
@@ -117,6 +117,10 @@ class TrainConfig:
     model: str = "emoji"
     """What it starts from: "emoji", a bundle's folder, a hub id, or "new" for the miniature with random weights."""
     data: DataConfig = field(default_factory=DataConfig)
+    motion: Path | None = None
+    """Temporal layers to begin with in place of the model's own: the folder of a diffusers MotionAdapter."""
+    beta_schedule: Literal["linear", "scaled_linear"] | None = None
+    """Noise to train under, where it is not the model's own: AnimateDiff's is linear, Stable Diffusion's is not."""
     lora: LoraConfig | None = None
     """LoRA layers to train; where only temporal layers train, those of the model's stage 1 are there, frozen."""
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
@@ -138,7 +142,7 @@ class TrainConfig:
     word_weight: float = 0.0
     """Where the text encoder trains: how much it counts that every word stays legible in the text embedding."""
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0
     log_every: int = 10
     save_every: int = 500

@@ -23,31 +23,34 @@ def fuse(
     model: VideoModel,
     *,
     style: Weighted | Sequence[Weighted] = (),
-    image: Weighted | float = 0.0,
+    image: Weighted | float | None = None,
     motion: tuple[Path | State, float] | None = None,
 ) -> None:
     """Make the model w0 + alpha * style + beta * image_acceleration + gamma * motion (AnimateLCM-2, eq. 1-2), in place.
 
     It starts from the base each time, so a second call replaces the first, and sampling costs what it did. ``image``
-    is a LoRA with its beta, or a beta for the model's own. ``motion`` replaces the temporal layers by a file's, with
-    their outer ``proj_out`` scaled by gamma: 0 is the image model; None leaves them as they are.
+    is a LoRA with its beta, or a beta for the model's own; None leaves the acceleration that is there. ``motion``
+    replaces the temporal layers by a file's, with their outer ``proj_out`` scaled by gamma: 0 is the image model; None
+    leaves them as they are.
 
     Raises ValueError naming the first key that does not fit the model, and then nothing has changed.
     """
-    acceleration = (model.image_lora, image) if isinstance(image, int | float) else image
-    parts = [(_lora(model, source), scale) for source, scale in (*_listed(style), acceleration)]
+    acceleration = _acceleration(model, image)
+    parts = [(_lora(model, source), scale) for source, scale in _listed(style)] + [acceleration]
     base = base_state(model)
     changed = fused(base, parts)
     if motion is not None:
         changed |= _motion(base, *motion)
     unfuse(model)
     _put(model, changed.items(), keep=True)
+    model.acceleration = acceleration
 
 
 def unfuse(model: VideoModel) -> None:
     """Back to the base, bit for bit."""
     _put(model, model.kept.items(), keep=False)
     model.kept.clear()
+    model.acceleration = ({}, 0.0)
 
 
 def baked(model: VideoModel) -> VideoModel:
@@ -55,7 +58,8 @@ def baked(model: VideoModel) -> VideoModel:
 
     It shares its networks with ``model``, which is not to be fused or unfused any more.
     """
-    return replace(model, image_lora={}, styles={}, teacher_motion={}, kept={}, facts=replace(model.facts, teacher={}))
+    plain = {"image_lora": {}, "styles": {}, "teacher_motion": {}, "kept": {}, "acceleration": ({}, 0.0)}
+    return replace(model, **plain, facts=replace(model.facts, teacher={}))
 
 
 def base_state(model: VideoModel) -> State:
@@ -72,6 +76,12 @@ def _listed(style: Weighted | Sequence[Weighted]) -> Sequence[Weighted]:
     """A style by itself is a list of one."""
     alone = isinstance(style, tuple) and len(style) == 2 and not isinstance(style[0], tuple)
     return [style] if alone else style
+
+
+def _acceleration(model: VideoModel, image: Weighted | float | None) -> tuple[Lora, float]:
+    if image is None:
+        return model.acceleration
+    return (model.image_lora, image) if isinstance(image, int | float) else (_lora(model, image[0]), image[1])
 
 
 def _lora(model: VideoModel, source: str | Path | Lora) -> Lora:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from animatelcm import video
-from animatelcm.bundle import FACTS_FILE, find
+from animatelcm.bundle import FACTS_FILE, IMAGE_LORA, find
 from animatelcm.weights.files import read_header, read_metadata
 
 PARTS = ("unet", "motion_adapter", "vae", "text_encoder")
@@ -41,9 +41,22 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "parameters": sum(sizes.values()),
         **{f"{part} parameters": count for part, count in sizes.items()},
         "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+        **_parts(folder),
         "betas": f"{scheduler['beta_schedule']} {scheduler['beta_start']} to {scheduler['beta_end']}",
         **(json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}),
     }
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """What else the bundle can be made of, where it holds more than one model."""
+    teacher = (folder / "motion_adapter_teacher").is_dir()
+    styles = sorted(path.stem for path in (folder / "styles").glob("*.safetensors"))
+    found = {
+        "acceleration": str(IMAGE_LORA) if (folder / IMAGE_LORA).is_file() else "",
+        "teacher's motion": "motion_adapter_teacher" if teacher else "",
+        "styles": ", ".join(styles),
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _count(folder: Path) -> int:

@@ -19,6 +19,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
+        _cut(folder / "metrics.jsonl", start)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._progress = Progress(
@@ -61,3 +62,10 @@ class RunLog:
     def note(self, text: str) -> None:
         """One line above the bar."""
         self._progress.console.print(text)
+
+
+def _cut(path: Path, start: int) -> None:
+    """Forget records after ``start`` steps: a run that goes on from there makes them again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start), encoding="utf-8")

@@ -60,6 +60,8 @@ class VideoModel:
     """Personal styles that came with the bundle, by name."""
     teacher_motion: State = field(default_factory=dict)
     """Temporal layers of the model that this one was distilled from, by their names in ``unet``."""
+    acceleration: tuple[Lora, float] = field(default_factory=lambda: ({}, 0.0))
+    """The image acceleration that is fused, and its scale."""
     kept: State = field(default_factory=dict)
     """The base's values of tensors that ``fusion.fuse`` changed, on the CPU, by ``<part>.<name>``."""
 
@@ -76,6 +78,7 @@ class VideoModel:
         """Move every network, in place; convolutions keep channels last."""
         for network in self.networks.values():
             network.to(device=device, memory_format=torch.channels_last)
+        self.teacher_motion = {name: value.to(device) for name, value in self.teacher_motion.items()}
         return self
 
     def modules(self) -> list[str]:
@@ -109,11 +112,14 @@ class VideoModel:
         """Text (B strings) -> (B, L, D), the text encoder's last hidden state."""
         return self.text_encoder(self.tokens(texts)).last_hidden_state
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, F, H, W) in [-1, 1] -> latents (B, C, F, h, w), the posterior's mean, of unit variance."""
-        flat, frames = _fold(pixels.to(self.device))
-        mean = self.vae.encode(flat.to(self.vae.dtype)).latent_dist.mode()
-        return _unfold(mean.float() * self.vae.config.scaling_factor, frames)
+    def encode(self, pixels: Tensor, chunk: int = 32) -> Tensor:
+        """Pixels (B, 3, F, H, W) in [-1, 1] -> latents (B, C, F, h, w), the posterior's mean, of unit variance.
+
+        ``chunk`` frames go through the autoencoder at a time.
+        """
+        flat, frames = _fold(pixels)
+        parts = [self.vae.encode(p.to(self.device, self.vae.dtype)).latent_dist.mode() for p in flat.split(chunk)]
+        return _unfold(torch.cat(parts).float() * self.vae.config.scaling_factor, frames)
 
     def decode(self, latents: Tensor, chunk: int = 16) -> np.ndarray:
         """Latents (B, C, F, h, w) -> uint8 frames (B, F, H, W, 3), ``chunk`` frames at a time."""

@@ -48,8 +48,7 @@ def diffusion(
     weights each clip as the error of v would (1 + 1 / SNR, Salimans and Ho 2022), up to that bound. ``word_weight`` > 0
     adds that much of ``illegibility``, for a text encoder that trains too.
     """
-    assert batch.latents is not None
-    x_0 = batch.latents.to(model.device)
+    x_0 = latents(model, batch)
     size, frames = x_0.shape[0], x_0.shape[2]
     captions = dropped(batch.captions, text_dropout, draw("text"))
     text = model.embed(captions)
@@ -83,8 +82,7 @@ def consistency(model: VideoModel, roles: Roles, batch: ClipBatch, draw: Draw, *
     A clip is noised to t_{n+1}, n uniform. The teacher, guided with w ~ U[w_min, w_max], leads it one solver step back
     (eq. 7, 8); the student's prediction of x_0 there is pulled to the target's from the earlier point.
     """
-    assert batch.latents is not None
-    x_0 = batch.latents.to(model.device)
+    x_0 = latents(model, batch)
     size, motion = x_0.shape[0], x_0.shape[2] > 1
     solver = DDIMSolver(model.schedule, config.solver_steps, config.k)
     index = torch.randint(config.solver_steps, (size,), generator=draw("timestep")).to(x_0.device)
@@ -109,6 +107,15 @@ def _guided(role: Role, x: Tensor, t: Tensor, text: Tensor, no_text: Tensor, w: 
     both = torch.cat([no_text.expand_as(text), text])
     uncond, cond = role(torch.cat([x, x]), torch.cat([t, t]), both, motion=motion).float().chunk(2)
     return guided_eps(cond, uncond, w=w)
+
+
+@torch.no_grad()
+def latents(model: VideoModel, batch: ClipBatch) -> Tensor:
+    """(B, C, F, h, w): those of the batch, or its pixels encoded now, where none were kept."""
+    if batch.latents is not None:
+        return batch.latents.to(model.device)
+    assert batch.pixels is not None
+    return model.encode(batch.pixels)
 
 
 def dropped(captions: Sequence[str], probability: float, source: torch.Generator) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -69,8 +71,7 @@ def plan(config: TrainConfig) -> Plan:
     """
     if config.trainable == "autoencoder":
         raise ValueError(f"{config.name} trains an autoencoder; plans are counted for what trains a UNet")
-    small = config.model in ("emoji", "new") or config.data.kind != "folder"
-    shapes = EMOJI if small else SD15
+    shapes = EMOJI if _of_miniature(config) else SD15
     with torch.device("meta"):
         inputs = _inputs(config, shapes)
         unet = _network(config, shapes, motion=inputs[0].shape[2] > 1)
@@ -89,6 +90,13 @@ def plan(config: TrainConfig) -> Plan:
         weights_gib=4 * (every + copies * updated + teacher) / GIB,
         activations_gib=kept / (1 if config.mixed_precision == "no" else 2) / GIB,
     )
+
+
+def _of_miniature(config: TrainConfig) -> bool:
+    if config.model in ("emoji", "new") or config.data.kind != "folder":
+        return True
+    facts = Path(config.model) / "unet" / "config.json"
+    return facts.is_file() and json.loads(facts.read_text(encoding="utf-8"))["sample_size"] == emoji.UNET["sample_size"]
 
 
 def _inputs(config: TrainConfig, shapes: Shapes) -> Inputs:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from animatelcm.model import Facts
 
 Sampler = Literal["lcm", "ddim", "dpm++"]
+Spacing = Literal["leading", "trailing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,9 @@ class SampleRequest:
     """How many videos."""
     sampler: Sampler | None = None
     """lcm: multistep consistency; ddim, dpm++ (DPM-Solver++ 2M): for models that were not distilled."""
+    spacing: Spacing = "leading"
+    """Timesteps of ddim and dpm++: leading is Stable Diffusion's setting; trailing begins at pure noise, which is
+    better below about ten steps."""
 
     def __post_init__(self) -> None:
         for name, most in LIMITS.items():
@@ -99,6 +103,8 @@ class SampleRequest:
             raise ValueError(f"guidance_scale={self.guidance_scale} is out of range; choose 1 (off) to 100")
         if self.sampler is not None and self.sampler not in get_args(Sampler):
             raise ValueError(f"sampler={self.sampler!r} is not one of {', '.join(get_args(Sampler))}")
+        if self.spacing not in get_args(Spacing):
+            raise ValueError(f"spacing={self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; choose 0..2**63 - 1")
 
@@ -145,4 +151,5 @@ def command(request: SampleRequest, source: ModelSource) -> str:
         words += ["--negative", request.negative_prompt]
     words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]
     words += ["--seed", str(request.seed), "--sampler", str(request.sampler)]
+    words += ["--spacing", request.spacing] if request.spacing != "leading" else []
     return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,16 +17,22 @@ from animatelcm.nets.unet import VideoUNet
 
 @dataclass(frozen=True)
 class Role:
-    """A network seen with some of its parameters replaced, by name; without any it is the live network."""
+    """A network seen with some of its parameters replaced, by name, or without its LoRA layers, or as it is."""
 
     network: VideoUNet
     overrides: Mapping[str, Tensor] = field(default_factory=dict)
+    without_lora: bool = False
+
+    def __post_init__(self) -> None:
+        # functional_call ignores names that it does not know
+        assert not self.overrides or self.overrides.keys() <= {name for name, _ in self.network.named_parameters()}
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor, *, motion: bool) -> Tensor:
         """Predicted noise (B, C, F, h, w) for latents of that shape, timesteps (B,) and text (B, L, D)."""
-        if not self.overrides:
-            return self.network(x, t, text, motion=motion)
-        return functional_call(self.network, dict(self.overrides), (x, t, text), {"motion": motion})
+        with lora.off(self.network) if self.without_lora else nullcontext():
+            if not self.overrides:
+                return self.network(x, t, text, motion=motion)
+            return functional_call(self.network, dict(self.overrides), (x, t, text), {"motion": motion})
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,11 @@ def consistency_roles(
     AnimateLCM, section 4.2 and fig. 3), or is there at once (``init="direct"``).
     """
     student = Role(unet)
-    teacher = Role(unet, {**teacher_motion, **lora.scaled(unet, 0.0)})
+    teacher = Role(unet, teacher_motion, without_lora=True)
     if config.target == "online":
         return Roles(student, student, teacher)
     trains = any(".lora_A." in name for name in average)
     late = not trains and config.init == "ema"
-    share = lora.scaled(unet, absorbed(step, config.mu_lora)) if late else {}
+    share = lora.scaled(unet, absorbed(step, config.mu if config.mu_lora is None else config.mu_lora)) if late else {}
     held = {name: value.to(unet.dtype) for name, value in average.items()}  # kept in float32, whatever the network is
     return Roles(student, Role(unet, {**share, **held}), teacher)

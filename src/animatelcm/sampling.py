@@ -74,7 +74,7 @@ def sample_steps(model: VideoModel, request: SampleRequest, *, latents: Tensor |
     x = x.to(model.device)
     walk = SAMPLERS[request.sampler or "ddim"]
     with torch.inference_mode():
-        walking = walk(_guided_eps(model, request), model.schedule, request.num_inference_steps, x, request.seed)
+        walking = walk(_guided_eps(model, request), model.schedule, x, request)
     for step in range(request.num_inference_steps):
         with torch.inference_mode():  # not around the yield: the mode must not leak into the caller
             x = next(walking)
@@ -109,41 +109,48 @@ def _guided_eps(model: VideoModel, request: SampleRequest) -> Eps:
     return eps
 
 
-Walk = Callable[[Eps, NoiseSchedule, int, Tensor, int], Iterator[Tensor]]
-"""(eps, schedule, steps, x_T, seed) -> the latents after each step."""
+Walk = Callable[[Eps, NoiseSchedule, Tensor, SampleRequest], Iterator[Tensor]]
+"""(eps, schedule, x_T, resolved request) -> the latents after each step."""
 
 
-def _ddim(eps: Eps, schedule: NoiseSchedule, count: int, x: Tensor, seed: int) -> Iterator[Tensor]:
-    times = schedule.ddim_timesteps(count).tolist()
+def _ddim(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest) -> Iterator[Tensor]:
+    times = schedule.ddim_timesteps(_steps(request), request.spacing).tolist()
     for t, s in zip(times, [*times[1:], 0], strict=True):
         t_b, s_b = x.new_full((len(x),), t, dtype=torch.long), x.new_full((len(x),), s, dtype=torch.long)
         x = ddim_step(x, eps(x, t_b), schedule.level(t_b), schedule.level(s_b))
         yield x
 
 
-def _consistency(eps: Eps, schedule: NoiseSchedule, count: int, x: Tensor, seed: int) -> Iterator[Tensor]:
+def _consistency(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest) -> Iterator[Tensor]:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): jump to x_0, noise again, jump again."""
+    count = _steps(request)
     times = schedule.lcm_timesteps(count).tolist()
     for step, t in enumerate(times):
         t_b = x.new_full((len(x),), t, dtype=torch.long)
         x_0 = consistency_function(x, eps(x, t_b), t_b, schedule)
         if step + 1 < count:
-            noise = torch.randn(x.shape, generator=generator(seed, step + 1, 0, "latents")).to(x.device)
+            noise = torch.randn(x.shape, generator=generator(request.seed, step + 1, 0, "latents")).to(x.device)
             x = renoise(x_0, noise, x.new_full((len(x),), times[step + 1], dtype=torch.long), schedule)
         else:
             x = x_0
         yield x if step + 1 == count else x_0
 
 
-def _dpm(eps: Eps, schedule: NoiseSchedule, count: int, x: Tensor, seed: int) -> Iterator[Tensor]:
+def _dpm(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest) -> Iterator[Tensor]:
     """DPM-Solver++ 2M, diffusers' scheduler."""
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler.from_config(schedule.to_diffusers(), algorithm_type="dpmsolver++")
-    scheduler.set_timesteps(count, device=x.device)
+    config = {**schedule.to_diffusers(), "timestep_spacing": request.spacing}
+    scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+    scheduler.set_timesteps(_steps(request), device=x.device)
     for t in scheduler.timesteps:
         x = scheduler.step(eps(x, t.expand(len(x))), t, x).prev_sample
         yield x
+
+
+def _steps(request: SampleRequest) -> int:
+    assert request.num_inference_steps is not None
+    return request.num_inference_steps
 
 
 def best_device() -> str:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,32 +21,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from animatelcm import checkpoint, objectives, video
-from animatelcm.bundle import load, save, write_named_lora
+from animatelcm import checkpoint, stages, video
+from animatelcm.bundle import save
 from animatelcm.checkpoint import TrainState
-from animatelcm.config import ConsistencyConfig, DataConfig, TrainConfig
+from animatelcm.config import DataConfig, TrainConfig
 from animatelcm.data.batches import Batches, ClipBatch, ClipDataset, draw_indices, latent_batches, pixel_batches
 from animatelcm.data.clips import FolderDataset
 from animatelcm.data.emoji import EmojiClips, EmojiImages
 from animatelcm.data.sprites import SMALL_CONCEPTS, SpritePack
 from animatelcm.ema import Ema
 from animatelcm.log import RunLog
-from animatelcm.miniature import fresh
-from animatelcm.model import VideoModel, with_motion
-from animatelcm.nets import emoji as shapes
-from animatelcm.nets import lora
-from animatelcm.nets.motion import MotionConfig
+from animatelcm.model import VideoModel
 from animatelcm.objectives import Draw, Terms
 from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
-from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "lcm"}
-"""How a distilled model is sampled."""
+MAY_CHANGE = ("out", "steps", "log_every", "save_every", "sample_every", "sample_prompts")
+"""Fields that a resumed run may have of its own."""
 
 
 class _Step(nn.Module):
@@ -61,96 +56,58 @@ class _Step(nn.Module):
         return self.objective(batch, draw)
 
 
-def train(config: TrainConfig, *, resume: bool = False, stop_after: int | None = None) -> Path:
-    """Run a recipe; returns the folder of the finished (or stopped) run's model.
+def train(config: TrainConfig, *, resume: bool = False, stop_after: int | None = None) -> Path | None:
+    """Run a recipe; returns the folder of the finished model, or None where it stopped before its last step.
 
     ``resume`` continues from the newest complete checkpoint, ``stop_after`` leaves at that step as an interrupt
-    would: with a checkpoint. Raises ValueError if the run's folder is in use and ``resume`` is not asked for.
+    would: with a checkpoint. Raises ValueError if the run's folder is in use and ``resume`` is not asked for, or if
+    what lies there is a run of other settings or from another model.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    _claim(config, resume)
-    model = _starting_model(config).to(accelerator.device)
+    saved = _claim(config, resume)
+    model = stages.starting_model(config).to(accelerator.device)
     state = _fresh_state(config, model)
-    saved = checkpoint.finished(config.folder / "checkpoints")
-    if resume and saved:
-        checkpoint.restore(state, saved[-1])
+    if saved is not None:
+        checkpoint.restore(state, saved)
     _run(config, accelerator, model, state, stop_after)
+    if state.step < config.steps:
+        return None
     if accelerator.is_main_process:
         with averaged(state):
             _finish(config, model, state)
     return config.folder / "model"
 
 
-def _claim(config: TrainConfig, resume: bool) -> None:
-    """Make the run's folder and write down what runs in it."""
-    if checkpoint.finished(config.folder / "checkpoints") and not resume:
+def _claim(config: TrainConfig, resume: bool) -> Path | None:
+    """Make the run's folder and write down what runs in it. Returns the checkpoint to continue from."""
+    saved = checkpoint.finished(config.folder / "checkpoints")
+    if saved and not resume:
         raise ValueError(f"{config.folder} holds a run already; add --resume to continue it, or choose another name")
+    if saved and (odd := _changed(config, checkpoint.config_of(saved[-1]))):
+        raise ValueError(
+            f"{config.folder} holds a run with another {odd[0]}; choose another name, or take that value again"
+        )
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "config.json").write_text(config.to_json() + "\n")
+    return saved[-1] if saved else None
 
 
-def _starting_model(config: TrainConfig) -> VideoModel:
-    """The many-step model with what will train in it: fresh temporal or LoRA layers, or those of stage 1."""
-    model = fresh(config.seed) if config.model == "new" else load(config.model, teacher=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if config.trainable == "motion" and model.unet.motion is None:
-            model = with_motion(model, shapes.MOTION if model.facts.name == "emoji" else MotionConfig())
-        if config.lora is not None:
-            lora.inject(model.unet, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
-    if config.trainable in ("autoencoder", "image"):
-        model = replace(model, image_lora={}, styles={})  # they were made for other weights
-    if config.objective == "consistency":
-        model = _to_distil(config, model)
-    model.unet.enable_gradient_checkpointing(config.gradient_checkpointing)
-    for _, parameter in named_trainable(model, config):
-        parameter.requires_grad_(True)
-    return model
-
-
-def _to_distil(config: TrainConfig, model: VideoModel) -> VideoModel:
-    """Settings of a few-step model; where temporal layers will train, the teacher's are kept and stage 1 is there."""
-    teacher = {name: getattr(model.facts, name) for name in FEW_STEPS}
-    schedule = replace(model.schedule, solver_steps=config.consistency.solver_steps)
-    model = replace(model, schedule=schedule, facts=replace(model.facts, **FEW_STEPS, teacher=teacher))
-    if config.trainable == "motion":
-        motion = {name: value for name, value in model.unet.state_dict().items() if "motion_modules" in name}
-        model.teacher_motion = {name: value.clone() for name, value in motion.items()}
-        if config.consistency.decouple:
-            if not model.image_lora:
-                raise ValueError(
-                    f"{config.model} has no image acceleration to build on: run image_lcm first, "
-                    "or learn both at once with --consistency.no-decouple and --lora"
-                )
-            lora.attach(model.unet, model.image_lora)
-    return model
-
-
-def named_trainable(model: VideoModel, config: TrainConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a config trains, by state-file name."""
-    for part, network in model.networks.items():
-        for name, parameter in network.named_parameters():
-            if _kind(part, name) == config.trainable or (config.trains_lora and _kind(part, name) == "lora"):
-                yield f"{part}.{name}", parameter
-
-
-def _kind(part: str, name: str) -> str:
-    if part == "unet" and "motion_modules" in name:
-        return "motion"
-    if ".lora_A." in name or ".lora_B." in name:
-        return "lora"
-    return "autoencoder" if part == "vae" else "image"
+def _changed(config: TrainConfig, saved: TrainConfig) -> list[str]:
+    """Fields that decide what a step does and differ; how long a run is and what it shows may change."""
+    names = [field.name for field in fields(TrainConfig) if field.name not in MAY_CHANGE]
+    return [name for name in names if getattr(config, name) != getattr(saved, name)]
 
 
 def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
-    parameters = dict(named_trainable(model, config))
+    parameters = dict(stages.named_trainable(model, config))
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     target = Ema(config.consistency.mu, parameters) if config.objective == "consistency" else None
-    return TrainState(0, parameters, Ema(config.ema_decay, parameters), optimizer, target)
+    start = "/".join(model.fingerprint(part) for part in model.networks)
+    return TrainState(0, parameters, Ema(config.ema_decay, parameters), optimizer, target, start=start)
 
 
 def _run(
@@ -158,8 +115,8 @@ def _run(
 ) -> None:
     """Steps from ``state.step`` to the end, an interrupt or ``stop_after``."""
     source = open_source(config, model)
-    step_module, optimizer = accelerator.prepare(_Step(model, _objective(config, model, state)), state.optimizer)
-    last = min(stop_after or config.steps, config.steps)
+    step_module, optimizer = accelerator.prepare(_Step(model, stages.objective(config, model, state)), state.optimizer)
+    last = config.steps if stop_after is None else min(stop_after, config.steps)
     with RunLog(config.folder, config.name, state.step, config.steps) as log, _interrupt() as interrupted:
         while state.step < last and not interrupted():
             began = time.perf_counter()
@@ -189,31 +146,6 @@ def _run(
             checkpoint.save(state, config.folder / "checkpoints", config.to_json())
         if isinstance(source.dataset, FolderDataset):
             log.note(source.dataset.summary())
-
-
-def _objective(config: TrainConfig, model: VideoModel, state: TrainState) -> Callable[[ClipBatch, Draw], Terms]:
-    if config.objective == "autoencoder":
-        return partial(objectives.autoencoder, model)
-    if config.objective == "consistency":
-        return partial(_distil, config.consistency, model, state)
-    options = {
-        "text_dropout": config.text_dropout,
-        "max_weight": config.max_loss_weight,
-        "word_weight": config.word_weight,
-    }
-    return partial(objectives.diffusion, model, **options)
-
-
-def _distil(config: ConsistencyConfig, model: VideoModel, state: TrainState, batch: ClipBatch, draw: Draw) -> Terms:
-    assert state.target is not None
-    roles = consistency_roles(
-        model.unet,
-        config,
-        step=state.step,
-        average={name.removeprefix("unet."): value for name, value in state.target.state_dict().items()},
-        teacher_motion=model.teacher_motion,
-    )
-    return objectives.consistency(model, roles, batch, draw, config=config)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -324,21 +256,14 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
     return path
 
 
-def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> None:
-    """Write the bundle, with what was done to it, and a LoRA that was learned by itself too."""
-    learned = lora.eject(model.unet)
-    if config.lora is not None:
-        name, fast = config.lora.name, config.objective == "consistency"
-        kind = "acceleration" if fast else "style"
-        write_named_lora(learned, config.folder / f"{name}.safetensors", title=name, kind=kind, base=model.facts.name)
-        if fast:
-            model.image_lora = learned
-        else:
-            model.styles[name] = learned
+def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> Path:
+    """Write the bundle, with what was done to it."""
+    left = stages.result(config, model)
     done = {"steps": state.step, "clips": state.step * config.batch_size, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
-    facts = replace(model.facts, trained={**model.facts.trained, config.name: done})
-    save(replace(model, facts=facts), config.folder / "model", dtype=torch.float32)
+    facts = replace(left.facts, trained={**left.facts.trained, config.name: done})
+    save(replace(left, facts=facts), config.folder / "model", dtype=torch.float32)
+    return config.folder / "model"
 
 
 def hardware() -> str:

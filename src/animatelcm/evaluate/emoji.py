@@ -28,31 +28,34 @@ from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, si
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, facts_hash, read_row, row_path, write_row
 from animatelcm.model import Facts, VideoModel
-from animatelcm.request import Sampler, SampleRequest
+from animatelcm.request import Sampler, SampleRequest, Spacing
 from animatelcm.sampling import sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How clips are sampled; as text "lcm@4", or "ddim@25:4" with guidance."""
+    """How clips are sampled; as text "lcm@4", "ddim@25:4" with guidance, "ddim@4:2/trailing" with that spacing."""
 
     sampler: Sampler
     steps: int
     guidance: float = 1.0
+    spacing: Spacing = "leading"
 
     def __post_init__(self) -> None:
         self.request("", seed=0)
 
     def __str__(self) -> str:
-        return f"{self.sampler}@{self.steps}" + ("" if self.guidance == 1 else f":{self.guidance:.12g}")
+        guidance = "" if self.guidance == 1 else f":{self.guidance:.12g}"
+        return f"{self.sampler}@{self.steps}{guidance}" + ("" if self.spacing == "leading" else f"/{self.spacing}")
 
     @classmethod
     def parse(cls, text: str) -> Setting:
         """Read what ``str`` wrote; guidance may be left out where it is 1. Raises ValueError for anything else."""
-        found = re.fullmatch(r"([^@]+)@(\d+)(?::(\d+(?:\.\d+)?))?", text)
+        found = re.fullmatch(r"([^@]+)@(\d+)(?::(\d+(?:\.\d+)?))?(?:/(\w+))?", text)
         if not found:
             raise ValueError(f"setting {text!r} is not SAMPLER@STEPS[:GUIDANCE], such as lcm@4 or ddim@25:4")
-        return cls(sampler=cast(Sampler, found[1]), steps=int(found[2]), guidance=float(found[3] or 1))
+        spacing = cast(Spacing, found[4] or "leading")
+        return cls(sampler=cast(Sampler, found[1]), steps=int(found[2]), guidance=float(found[3] or 1), spacing=spacing)
 
     @classmethod
     def of(cls, facts: Facts) -> Setting:
@@ -65,6 +68,7 @@ class Setting:
             sampler=self.sampler,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,
+            spacing=self.spacing,
             num_frames=num_frames,
             seed=seed,
         )

@@ -80,7 +80,8 @@ def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
     columns = {**COLUMNS, "protocol": "protocol"} if mixed else COLUMNS
     lines = [[_cell(name, getattr(row, name)) for name in columns] for row in rows]
     marks = ["---" if name in ("model", "kind", "setting", "protocol") else "---:" for name in columns]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])
+    drawn = "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])
+    return drawn if mixed else f"{drawn}\n\nProtocol {', '.join(protocols)}."
 
 
 def _cell(name: str, value: str | float | None) -> str:
@@ -104,7 +105,7 @@ def row_path(out: Path, kind: Kind, setting: str) -> Path:
 
 def file_stem(setting: str) -> str:
     """A setting as part of a file's name: a colon has a meaning of its own on some systems."""
-    return setting.replace(":", "-")
+    return setting.replace(":", "-").replace("/", "-")
 
 
 def read_row(path: Path) -> Row:

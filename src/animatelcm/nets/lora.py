@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +39,8 @@ def inject(unet: VideoUNet, *, rank: int, alpha: float, targets: Sequence[str]) 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(map(re.escape, chosen)))
     inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     del unet.peft_config  # PEFT's own note, which would outlive the layers
+    for _, layer in layers(unet):
+        layer.cast_input_dtype_enabled = False  # under autocast the layer's input has the right type already
     unet.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -70,6 +73,19 @@ def eject(unet: VideoUNet) -> Lora:
     return taken
 
 
+@contextmanager
+def off(unet: VideoUNet) -> Iterator[None]:
+    """The network without its LoRA layers for a while: they are passed by, not multiplied by zero."""
+    found = [layer for _, layer in layers(unet)]
+    for layer in found:
+        layer._disable_adapters = True  # what enable_adapters(False) sets, without its changes to requires_grad
+    try:
+        yield
+    finally:
+        for layer in found:
+            layer._disable_adapters = False
+
+
 def layers(unet: VideoUNet) -> Iterator[tuple[str, PeftLayer]]:
     """Module path -> LoRA layer."""
     from peft.tuners.lora import LoraLayer as PeftLayer
@@ -87,10 +103,7 @@ def factors(unet: VideoUNet) -> dict[str, tuple[nn.Parameter, nn.Parameter, floa
 
 def scaled(unet: VideoUNet, scale: float) -> dict[str, Tensor]:
     """Overrides that give every LoRA this scale without touching it: 0 is the network without them."""
-    outer = {f"{name}.lora_B.{ADAPTER}.weight": b for name, (_, b, _) in factors(unet).items()}
-    if scale == 0:
-        return {name: b.new_zeros(()).expand(b.shape) for name, b in outer.items()}
-    return {name: scale * b.detach() for name, b in outer.items()}
+    return {f"{name}.lora_B.{ADAPTER}.weight": scale * b.detach() for name, (_, b, _) in factors(unet).items()}
 
 
 def _ends(name: str, target: str) -> bool:
