@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from animatelcm import objectives, recipes
-from animatelcm.bundle import load, load_sum
+from animatelcm.bundle import load, load_sum, save
 from animatelcm.data.batches import draw_indices
 from animatelcm.nets.lora import layers
 from animatelcm.request import ModelSource, SampleRequest
@@ -160,9 +160,35 @@ def test_a_distillation_resumes_bit_for_bit(chain, tmp_path):
     assert all(torch.equal(whole[part][key], resumed[part][key]) for part in whole for key in whole[part])
 
 
-def test_without_stage_one_there_is_nothing_to_build_on(chain, tmp_path):
+def test_without_stage_one_there_is_nothing_to_build_on(tmp_path):
+    save(replace(load("emoji", teacher=True), image_lora={}), tmp_path / "teacher")
     with pytest.raises(ValueError, match="image_lcm"):
-        train(_small(recipes.video_lcm_emoji, chain["style_lora_emoji"] / "model", tmp_path))
+        train(_small(recipes.video_lcm_emoji, tmp_path / "teacher", tmp_path))
+
+
+def test_a_style_leaves_the_rest_of_a_bundle_alone(chain):
+    first, styled = load("emoji"), load(chain["style_lora_emoji"] / "model")
+    assert replace(styled.facts, trained={}) == replace(first.facts, trained={})
+    assert styled.fingerprint("unet") == first.fingerprint("unet")
+    assert styled.styles.keys() >= {"twemoji"}
+
+
+def test_a_run_is_not_continued_with_other_settings_or_from_another_model(chain, tmp_path):
+    model = chain["image_lcm_emoji"] / "model"
+    config = _small(recipes.video_lcm_emoji, model, tmp_path, steps=2)
+    assert train(config, stop_after=1) is None
+    with pytest.raises(ValueError, match="another learning_rate"):
+        train(replace(config, learning_rate=1.0), resume=True)
+    other = load(model)
+    with torch.no_grad():
+        other.unet.conv_in.bias += 1
+    save(other, tmp_path / "moved")
+    (saved,) = (config.folder / "checkpoints").iterdir()
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["config"]["model"] = str(tmp_path / "moved")
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="another model"):
+        train(replace(config, model=str(tmp_path / "moved")), resume=True)
 
 
 def test_both_can_be_learned_at_once(chain, tmp_path):

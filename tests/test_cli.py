@@ -137,6 +137,24 @@ STYLE_LORA = 32 * (16 * 2 * 768 + 32 * (5 * 320 + 5 * 640 + 6 * 1280))
         ("video_lcm_sd15_n100", MOTION, SPATIAL + LCM_LORA + MOTION),
     ],
 )
+def test_every_part_of_a_distillation_is_a_flag(capsys):
+    flags = [
+        "--lora.rank",
+        "8",
+        "--lora.targets",
+        "to_q",
+        "to_v",
+        "--consistency.init",
+        "direct",
+        "--consistency.mu",
+        "0.9",
+    ]
+    cli.main(["train", "image_lcm_emoji", *flags, "--dry-run"])
+    config = TrainConfig.from_json(capsys.readouterr().out)
+    assert (config.lora.rank, config.lora.targets) == (8, ("to_q", "to_v"))
+    assert (config.consistency.init, config.consistency.mu) == ("direct", 0.9)
+
+
 def test_dry_run_counts_stable_diffusion_before_any_weight_is_there(recipe, trainable, parameters, capsys):
     pytest.importorskip("peft")
     cli.main(["train", recipe, "--dry-run"])

@@ -50,7 +50,7 @@ def test_an_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch):
 
     def interrupting(*arguments):
         ordinary(*arguments)
-        if arguments[3].step == 7:
+        if arguments[2].step == 7:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(training, "_after_step", interrupting)

@@ -11,7 +11,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -114,11 +114,14 @@ def _run(
     config: TrainConfig, accelerator: Accelerator, model: VideoModel, state: TrainState, stop_after: int | None
 ) -> None:
     """Steps from ``state.step`` to the end, an interrupt or ``stop_after``."""
-    source = open_source(config, model)
+    with accelerator.main_process_first():  # one process encodes, the others read what it kept
+        source = open_source(config, model)
     step_module, optimizer = accelerator.prepare(_Step(model, stages.objective(config, model, state)), state.optimizer)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
-    with RunLog(config.folder, config.name, state.step, config.steps) as log, _interrupt() as interrupted:
-        while state.step < last and not interrupted():
+    main = accelerator.is_main_process
+    log = RunLog(config.folder, config.name, state.step, config.steps) if main else None
+    with log or nullcontext(), _interrupt() as interrupted:
+        while state.step < last and not _any(accelerator, interrupted()):
             began = time.perf_counter()
             draw = partial(generator, config.seed, state.step, accelerator.process_index)
             indices = draw_indices(
@@ -141,11 +144,19 @@ def _run(
             if state.target is not None:
                 state.target.update(state.parameters)
             state.seconds += time.perf_counter() - began
-            _after_step(config, accelerator, model, state, terms, log)
-        if accelerator.is_main_process:
+            if log is not None:
+                _after_step(config, model, state, terms, log)
+        if log is not None:
             checkpoint.save(state, config.folder / "checkpoints", config.to_json())
-        if isinstance(source.dataset, FolderDataset):
+        if log is not None and isinstance(source.dataset, FolderDataset):
             log.note(source.dataset.summary())
+
+
+def _any(accelerator: Accelerator, asked: bool) -> bool:
+    """Whether any process asks: they all leave after the same step, or none does."""
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item())
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -157,12 +168,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _after_step(
-    config: TrainConfig, accelerator: Accelerator, model: VideoModel, state: TrainState, terms: Terms, log: RunLog
-) -> None:
+def _after_step(config: TrainConfig, model: VideoModel, state: TrainState, terms: Terms, log: RunLog) -> None:
     """What the outside sees of a step: figures, checkpoints, sample sheets, each at its interval."""
-    if not accelerator.is_main_process:
-        return
     if state.step % config.log_every == 0:
         figures = {"loss": terms.loss.detach().mean(), **terms.logs}
         log(state.step, {name: value.item() for name, value in figures.items()})
