@@ -121,6 +121,14 @@ def test_train_dry_run_prints_the_resolved_plan(capsys):
     assert config.learning_rate == base_emoji().learning_rate
 
 
+def test_every_part_of_a_distillation_is_a_flag(capsys):
+    flags = "--lora.rank 8 --lora.targets to_q to_v --consistency.init direct --consistency.mu 0.9"
+    cli.main(["train", "image_lcm_emoji", *flags.split(), "--dry-run"])
+    config = TrainConfig.from_json(capsys.readouterr().out)
+    assert (config.lora.rank, config.lora.targets) == (8, ("to_q", "to_v"))
+    assert (config.consistency.init, config.consistency.mu) == ("direct", 0.9)
+
+
 MOTION = 5 * 2_259_520 + 5 * 9_024_640 + 11 * 36_071_680
 """AnimateDiff's 21 temporal modules of 320, 640 and 1280 channels."""
 SPATIAL, LCM_LORA = 859_520_964, 67_252_224
@@ -137,24 +145,6 @@ STYLE_LORA = 32 * (16 * 2 * 768 + 32 * (5 * 320 + 5 * 640 + 6 * 1280))
         ("video_lcm_sd15_n100", MOTION, SPATIAL + LCM_LORA + MOTION),
     ],
 )
-def test_every_part_of_a_distillation_is_a_flag(capsys):
-    flags = [
-        "--lora.rank",
-        "8",
-        "--lora.targets",
-        "to_q",
-        "to_v",
-        "--consistency.init",
-        "direct",
-        "--consistency.mu",
-        "0.9",
-    ]
-    cli.main(["train", "image_lcm_emoji", *flags, "--dry-run"])
-    config = TrainConfig.from_json(capsys.readouterr().out)
-    assert (config.lora.rank, config.lora.targets) == (8, ("to_q", "to_v"))
-    assert (config.consistency.init, config.consistency.mu) == ("direct", 0.9)
-
-
 def test_dry_run_counts_stable_diffusion_before_any_weight_is_there(recipe, trainable, parameters, capsys):
     pytest.importorskip("peft")
     cli.main(["train", recipe, "--dry-run"])
@@ -258,7 +248,7 @@ def test_eval_measures_once_and_prints_one_object(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "rows" / "ddim@1-2.json").read_text()) == first["rows"][3]
     cli.main(words)
     shown = capsys.readouterr()
-    assert shown.out.count("\n") == 2 + 4
+    assert shown.out.count("\n") == 2 + 4 + 2  # and the protocol
     assert shown.out.count(folder) == 4
     assert json.loads((tmp_path / "report.json").read_text()) == first  # the seconds too: nothing was measured again
     assert "choose another folder, or --force" in _fails([*words, "--real", "4"], capsys)

@@ -255,7 +255,7 @@ def _load_facts(folder: Path, name: str) -> Facts:
 
 
 def _plain_config(config: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' FrozenDict
-    return {key: value for key, value in dict(config).items() if key != "_name_or_path"}
+    return {key: value for key, value in dict(config).items() if not key.startswith("_") or key == "_class_name"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
