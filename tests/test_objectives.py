@@ -21,7 +21,7 @@ def _batch(size: int, frames: int) -> ClipBatch:
 def test_the_diffusion_loss_is_that_of_the_definition(fresh_model, frames):
     batch = _batch(3, frames)
     terms = objectives.diffusion(fresh_model, batch, DRAW, text_dropout=0.0)
-    t = torch.randint(1000, (3,), generator=DRAW("timestep"))
+    t = (1000 * torch.rand(3, generator=DRAW("timestep"), dtype=torch.float64)).long()
     eps = torch.randn(batch.latents.shape, generator=DRAW("noise"))
     product = fresh_model.schedule.alphas_cumprod[t].view(3, 1, 1, 1, 1)
     noisy = (product.sqrt() * batch.latents.double() + (1 - product).sqrt() * eps.double()).float()
@@ -57,3 +57,14 @@ def test_the_autoencoder_loss_sees_pixels_and_latents(fresh_model):
     assert terms.loss.shape == (4,)
     assert (terms.loss > 0).all()
     assert set(terms.logs) == {"mse", "variance"}
+
+
+def test_a_shift_draws_noisy_timesteps_as_often_as_its_formula_says():
+    size = 40_000
+    for shift in (1.0, 3.0, 5.0):
+        drawn = objectives.shifted_draw(1000, size, shift, DRAW("timestep"))
+        assert drawn.min() >= 0
+        assert drawn.max() <= 999
+        for edge in (500, 950):
+            below = edge / (shift * 1000 - (shift - 1) * edge)  # the u that lands on the edge
+            assert (drawn >= edge).float().mean().item() == pytest.approx(1 - below, abs=0.01)

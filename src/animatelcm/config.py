@@ -137,6 +137,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     text_dropout: float = 0.1
+    timestep_shift: float = 1.0
+    """Above 1: draw noisy timesteps more often, as Stable Diffusion 3 shifts them; 1 draws all alike."""
     max_loss_weight: float = 1.0
     """Above 1: weight the noise error of a timestep by 1 + 1 / SNR up to this bound; 1 weights all alike."""
     word_weight: float = 0.0
@@ -154,6 +156,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise ValueError(f"{name}={value} must be positive")
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift={self.timestep_shift} must be positive; 1 draws all timesteps alike")
         if self.max_loss_weight < 1:
             raise ValueError(f"max_loss_weight={self.max_loss_weight} must be 1 (all timesteps alike) or more")
         for name in ("ema_decay", "text_dropout"):

@@ -12,7 +12,7 @@ from torch import nn
 from animatelcm import objectives
 from animatelcm.bundle import load, read_motion_adapter, write_named_lora
 from animatelcm.checkpoint import TrainState
-from animatelcm.config import ConsistencyConfig, TrainConfig
+from animatelcm.config import TrainConfig
 from animatelcm.data.batches import ClipBatch
 from animatelcm.miniature import fresh
 from animatelcm.model import VideoModel, with_motion
@@ -103,25 +103,27 @@ def objective(config: TrainConfig, model: VideoModel, state: TrainState) -> Call
     if config.objective == "autoencoder":
         return partial(objectives.autoencoder, model)
     if config.objective == "consistency":
-        return partial(_distil, config.consistency, model, state)
+        return partial(_distil, config, model, state)
     options = {
         "text_dropout": config.text_dropout,
+        "timestep_shift": config.timestep_shift,
         "max_weight": config.max_loss_weight,
         "word_weight": config.word_weight,
     }
     return partial(objectives.diffusion, model, **options)
 
 
-def _distil(config: ConsistencyConfig, model: VideoModel, state: TrainState, batch: ClipBatch, draw: Draw) -> Terms:
+def _distil(config: TrainConfig, model: VideoModel, state: TrainState, batch: ClipBatch, draw: Draw) -> Terms:
     assert state.target is not None
     roles = consistency_roles(
         model.unet,
-        config,
+        config.consistency,
         step=state.step,
         average={name.removeprefix("unet."): value for name, value in state.target.state_dict().items()},
         teacher_motion=model.teacher_motion,
     )
-    return objectives.consistency(model, roles, batch, draw, config=config)
+    shift = config.timestep_shift
+    return objectives.consistency(model, roles, batch, draw, config=config.consistency, timestep_shift=shift)
 
 
 def result(config: TrainConfig, model: VideoModel) -> VideoModel:
