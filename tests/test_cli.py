@@ -14,7 +14,7 @@ from animatelcm import __version__, cli, video
 from animatelcm.bundle import load, save
 from animatelcm.config import TrainConfig
 from animatelcm.recipes import base_emoji
-from animatelcm.weights.formats import LoraLayer, write_lora
+from animatelcm.weights.lora import LoraLayer, write_lora
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from animatelcm.config import LCM_TARGETS
 from animatelcm.nets import lora, sd15
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.weights.formats import Lora, LoraLayer
 from animatelcm.weights.fuse import fused
+from animatelcm.weights.lora import Lora, LoraLayer
 
 pytest.importorskip("peft")
 

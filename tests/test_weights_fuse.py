@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.weights.formats import Lora, LoraLayer, write_lora
 from animatelcm.weights.fuse import fused
+from animatelcm.weights.lora import Lora, LoraLayer, write_lora
 
 Q, CONV, FREE = "unet.attn1.to_q", "unet.conv1", "unet.conv2"
 SHAPES = {Q: (5, 6), CONV: (7, 3, 3, 3), FREE: (4, 4, 1, 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _parts(folder: Path) -> dict[str, str]:
 def _count(folder: Path) -> int:
     """Parameters in a part's weight files; positions are regenerated and do not count."""
     tensors = [item for file in folder.glob("*.safetensors") for item in read_header(file).items()]
-    return sum(size for name, (size, _) in tensors if not name.endswith("pos_embed.pe"))
+    return sum(math.prod(info.shape) for name, info in tensors if not name.endswith("pos_embed.pe"))
 
 
 def _describe_weights(path: Path) -> dict[str, Any]:
@@ -71,8 +72,8 @@ def _describe_weights(path: Path) -> dict[str, Any]:
         "kind": "weights",
         "file": str(path),
         "tensors": len(tensors),
-        "parameters": sum(size for size, _ in tensors.values()),
-        "types": ", ".join(sorted({kind for _, kind in tensors.values()})),
+        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
+        "types": ", ".join(sorted({info.dtype for info in tensors.values()})),
         "megabytes": round(path.stat().st_size / 1e6, 1),
         "metadata": read_metadata(path),
         "first": ", ".join(sorted(tensors)[:3]),

@@ -15,7 +15,7 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import VideoUNet
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.weights.files import State
-from animatelcm.weights.formats import Lora
+from animatelcm.weights.lora import Lora
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

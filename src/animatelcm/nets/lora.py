@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from animatelcm.nets.unet import VideoUNet
-from animatelcm.weights.formats import Lora, LoraLayer
 from animatelcm.weights.fuse import fused
+from animatelcm.weights.lora import Lora, LoraLayer
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer as PeftLayer

@@ -1,51 +1,542 @@
-"""The only door for weight files: safetensors in, safetensors out, whole or not at all."""
+"""The only door for weight files: safetensors in and out, PyTorch's pickles in; whole or not at all.
+
+Files come from strangers. A safetensors header (8 bytes of length, JSON, data: the format's own description) is checked
+before anything is allocated. A pickle is walked without being run, and one that builds nothing but dicts of tensors is
+then given to ``torch.load(weights_only=True)``. Every error is a ValueError that begins with the file's path.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import math
-from collections.abc import Mapping
+import os
+import pickle
+import pickletools
+import stat
+import struct
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple, NoReturn
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 State = dict[str, Tensor]
+Names = Callable[[str], bool]
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+MAX_TENSORS = 100_000
+MAX_MARKS = 15 * MAX_TENSORS
+"""Commas and colons in a header: a tensor has some ten of them."""
+MAX_HEADER, MAX_PICKLE, MAX_DIRECTORY = 100_000_000, 2**26, 2**24
+"""Bytes, of which a large model needs a hundredth."""
+MAX_KEY, MAX_DIMS = 1000, 8
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How files of torch before 1.6 begin."""
+OTHERWISE = "look for a .safetensors release of the same model, or convert it on a machine that trusts it"
+
+
+class TensorInfo(NamedTuple):
+    """A tensor without its numbers; dtypes have safetensors' names ("F16", "F32", "BF16", "I64", ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of a file's tensors, without reading them."""
+    with _opened(path) as file:
+        if _is_pickle(path):
+            state = _load_pickle(path, file)
+            return {key: TensorInfo(tuple(value.shape), DTYPE_NAMES[value.dtype]) for key, value in state.items()}
+        return {key: entry.info for key, entry in _parse(file).entries.items()}
+
+
+def read_state(path: Path, names: Names | None = None) -> State:
+    """Tensors of a .safetensors, .ckpt, .pt, .pth or .bin file by name, on the CPU, as stored.
+
+    Only those whose name ``names`` wants. Of a training checkpoint, its ``state_dict``; entries that are no tensors are
+    left out. A pickle's tensors are views of the mapped file, which is to be replaced, not changed, while they live.
+    """
+    with _opened(path) as file:
+        if _is_pickle(path):
+            return {key: value for key, value in _load_pickle(path, file).items() if names is None or names(key)}
+        return _read_tensors(file, names)
 
 
 def read_safetensors(path: Path) -> State:
-    """All tensors of a file by name, on the CPU. Raises ValueError naming the file if it is missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"weights are missing: {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+    """All tensors of a safetensors file by name, on the CPU, whatever its suffix."""
+    with _opened(path) as file:
+        return _read_tensors(file, None)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text that a safetensors file carries about itself; empty where it carries none."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+    """The text that a safetensors file carries about itself; empty where it carries none, as pickles do."""
+    with _opened(path) as file:
+        return {} if path.suffix.lower() in PICKLES else _parse(file).metadata
+
+
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError naming the first floating-point tensor of a file that has NaN or infinity in it."""
+    for key, value in state.items():
+        if value.is_floating_point() and value.numel():
+            # the extremes take no memory, and NaN is both of them; there are none for 8 bits
+            low, high = torch.aminmax(value.float() if value.element_size() == 1 else value)
+            if not (low.isfinite() and high.isfinite()):
+                reason = "fetch it again, or take one from before its training failed"
+                raise ValueError(f"{path}: {key} holds numbers that are not finite; {reason}")
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors under a temporary name, then rename: readers see the old file or the new one."""
+    """Write tensors under a temporary name, then rename: readers see the old file or the new one.
+
+    Nothing is left behind if it fails, and the file has the permissions of any new file.
+    """
     unfinished = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(contiguous, unfinished, metadata={"format": "pt", **(metadata or {})})
-    unfinished.replace(path)
-
-
-def read_header(path: Path) -> dict[str, tuple[int, str]]:
-    """Tensor name -> (number of elements, dtype), without reading the tensors."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            return {key: (math.prod(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch()
+        mode = stat.S_IMODE(unfinished.stat().st_mode)
+        save_file(contiguous, unfinished, metadata={"format": "pt", **(metadata or {})})
+        unfinished.chmod(mode)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file open for plain reads; what goes wrong inside becomes a ValueError that begins with its path."""
+    try:
+        if not path.is_file():
+            raise ValueError("is a folder; give a file in it" if path.is_dir() else "is missing; give a weight file")
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error.__cause__
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle by its name, or safetensors; raises ValueError where it is neither."""
+    if path.suffix.lower() not in (*PICKLES, ".safetensors"):
+        raise ValueError(f"is no weight file by its name; give one that ends in .safetensors, {', '.join(PICKLES)}")
+    return path.suffix.lower() in PICKLES
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _fill(file: BinaryIO, target: memoryview) -> None:
+    """Read until ``target`` is full, straight into it."""
+    while len(target):
+        count = file.readinto(target)
+        if not count:
+            raise ValueError("ended while it was read; fetch it again")
+        target = target[count:]
+
+
+def _check_key(key: object) -> None:
+    """Names become names of layers, and of files in other tools: none may be a path or hide anything."""
+    if not isinstance(key, str):
+        raise ValueError(f"has a tensor named by a {type(key).__name__}, not by a text; {OTHERWISE}")
+    if len(key) > MAX_KEY or key.startswith("/") or ".." in key or "\\" in key or not key.isprintable():
+        raise ValueError(
+            f"has a tensor named {key[:60]!r}, which no layer is: names are printable, "
+            f"have at most {MAX_KEY} characters and are no paths; fetch it again"
+        )
+
+
+# ---- safetensors
+
+
+class _Entry(NamedTuple):
+    """A tensor and its bytes, counted from the beginning of the data."""
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+class _Layout(NamedTuple):
+    """A checked header: tensors in the order of their bytes, where in the file these begin, and the file's text."""
+
+    entries: dict[str, _Entry]
+    start: int
+    metadata: dict[str, str]
+
+
+def _read_tensors(file: BinaryIO, names: Names | None) -> State:
+    """One tensor after the other into memory of its own: nothing is mapped, nothing is held twice."""
+    layout, state = _parse(file), State()
+    for key, (info, begin, end) in layout.entries.items():
+        if names is None or names(key):
+            buffer = torch.empty(end - begin, dtype=torch.uint8)
+            file.seek(layout.start + begin)
+            _fill(file, memoryview(buffer.numpy()))
+            state[key] = buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+    return state
+
+
+def _parse(file: BinaryIO) -> _Layout:
+    """The header, in time and memory bounded by its size, which is bounded too."""
+    size = _size(file)
+    length = int.from_bytes(file.read(8), "little") if size > 8 else 0
+    if not 0 < length <= min(size - 8, MAX_HEADER):
+        raise ValueError(
+            f"is cut short or no safetensors file: of its {size} bytes the header claims {length}; fetch it again"
+        )
+    raw = bytearray(length)
+    _fill(file, memoryview(raw))
+    header = _read_json(raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("has a header whose __metadata__ is not text by name; fetch it again")
+    return _Layout(_entries(header, size - 8 - length), 8 + length, metadata)
+
+
+def _read_json(raw: bytearray) -> dict[str, object]:
+    """A header's JSON, where numbers are counts and no name comes twice."""
+    if raw.count(b",") + raw.count(b":") > MAX_MARKS:
+        raise ValueError(f"has a header with too many entries: more than {MAX_TENSORS} tensors; give a model's weights")
+    try:
+        text = raw.decode("utf-8")
+        header = json.loads(
+            text, object_pairs_hook=_no_name_twice, parse_int=_count, parse_float=_no_count, parse_constant=_no_count
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is damaged or no safetensors file: {error} in its header; fetch it again") from error
+    if not isinstance(header, dict) or not text.startswith("{"):
+        raise ValueError("is damaged or no safetensors file: its header is no JSON object; fetch it again")
+    return header
+
+
+def _no_name_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) > MAX_TENSORS + 1:
+        raise ValueError(f"there are more than {MAX_TENSORS} tensors")
+    if len(found) < len(pairs):
+        raise ValueError(f"the name {Counter(name for name, _ in pairs).most_common(1)[0][0][:60]!r} twice")
+    for text in (*found, *(value for value in found.values() if isinstance(value, str))):
+        text.encode()  # an escape may be half a character, which no file and no terminal takes
+    return found
+
+
+def _count(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 18:
+        _no_count(digits)
+    return int(digits)
+
+
+def _no_count(number: str) -> NoReturn:
+    raise ValueError(f"the number {number[:20]}, where a count is expected,")
+
+
+def _entries(header: Mapping[str, object], available: int) -> dict[str, _Entry]:
+    """Tensors in the order of their bytes, which follow each other and fill the file to its end."""
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"has a header with more than {MAX_TENSORS} tensors; give a model's weights")
+    entries = {}
+    for key, value in header.items():
+        _check_key(key)
+        entries[key] = _entry(key, value)
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    position = 0
+    for key, entry in entries.items():
+        if entry.begin != position:
+            kind = "a hole" if entry.begin > position else "an overlap"
+            raise ValueError(f"is damaged: there is {kind} in its data before {key!r}; fetch it again")
+        position = entry.end
+    if position > available:
+        raise ValueError(f"is cut short: its last {position - available} bytes are missing; fetch it again")
+    if position < available:
+        raise ValueError(f"is damaged: {available - position} bytes of it belong to no tensor; fetch it again")
+    return entries
+
+
+def _entry(key: str, value: object) -> _Entry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if len(value) == 3:
+            pass
+        case _:
+            raise ValueError(f"is damaged: {key!r} is not described by dtype, shape and data_offsets; fetch it again")
+    if dtype not in DTYPES:
+        raise ValueError(f"has {dtype[:20]!r} numbers in {key!r}; {', '.join(DTYPES)} are read")
+    # 2**60 keeps strides of empty tensors, whose other sizes are free, within 64 bits
+    counts = all(type(number) is int for number in (*shape, begin, end))
+    if not counts or len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) > 2**60:
+        raise ValueError(f"is damaged: {key!r} has no shape that a tensor can have; fetch it again")
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"is damaged: {key!r} has {end - begin} bytes, not those of its shape; fetch it again")
+    return _Entry(TensorInfo(tuple(shape), dtype), begin, end)
+
+
+# ---- pickles
+
+
+def _load_pickle(path: Path, file: BinaryIO) -> State:
+    """The tensors of a file that ``torch.save`` wrote: zipped ones as views of the mapped file."""
+    size, begin = _size(file), file.read(len(LEGACY))
+    zipped = begin.startswith(b"PK\3\4")
+    if not zipped and begin != LEGACY:
+        raise ValueError("is damaged or no file of torch.save; fetch it again")
+    (_check_zip if zipped else _check_legacy)(file, size)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged file can lead the unpickler anywhere
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"is damaged ({reason[:200]}); fetch it again") from error
+    return _tensors(loaded, size)
+
+
+def _tensors(loaded: object, size: int) -> State:
+    """The tensors of a loaded object by name: dense and on the CPU, since a checked pickle can build no others."""
+    entries = loaded if isinstance(loaded, dict) else {}
+    if isinstance(entries.get("state_dict"), dict):
+        entries = entries["state_dict"]
+    found = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    if not found:
+        raise ValueError("has no tensors by name, at its top or in state_dict; give a file of weights")
+    if len(found) > MAX_TENSORS or sum(value.nbytes for value in found.values()) > 2 * size:
+        raise ValueError("has tensors that claim more than the file holds; fetch it again")
+    for key in found:
+        _check_key(key)
+    return {key: _aligned(value.detach()) for key, value in found.items()}
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """torch.save puts tensors at multiples of 64 bytes; arithmetic on others may crash."""
+    return value.clone() if value.data_ptr() % value.element_size() else value
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    """Raises ValueError unless a zip is as torch.save writes them: uncompressed, its parts together not above it."""
+    _check_directory(file, size)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            sizes = {member.orig_filename: member.file_size for member in members}
+            if len({name.casefold() for name in sizes}) < len(members):
+                raise ValueError("is damaged: one of its parts is there twice; fetch it again")
+            if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
+                raise ValueError("is compressed, which files of torch.save are not; fetch it again")
+            if sum(sizes.values()) > size or any(member.file_size != member.compress_size for member in members):
+                raise ValueError("is damaged: its parts claim more than the file holds; fetch it again")
+            root = members[0].orig_filename.partition("/")[0] if members else ""
+            data = f"{root}/data/"
+            if max((n for name, n in sizes.items() if not name.startswith(data)), default=0) > MAX_PICKLE:
+                raise ValueError(f"has more than {MAX_PICKLE} bytes that are no tensors; {OTHERWISE}")
+            stream = io.BytesIO(archive.read(f"{root}/data.pkl"))
+    except (zipfile.BadZipFile, LookupError, EOFError, RuntimeError, OverflowError, struct.error) as error:
+        raise ValueError(f"is damaged or no file of torch.save ({error}); fetch it again") from error
+    records = {name.removeprefix(data): n for name, n in sizes.items() if name.startswith(data)}
+    _Walk(records).run(stream)
+
+
+def _check_directory(file: BinaryIO, size: int) -> None:
+    """A zip's list of parts lies right before its end, so that every reader finds the same one (APPNOTE 4.3)."""
+    file.seek(max(size - 98, 0))
+    tail = file.read(98).rjust(98, b"\0")
+    length, begin = struct.unpack("<2L", tail[88:96])
+    after = 22
+    if tail[56:60] == b"PK\6\7":
+        (length, begin), after = struct.unpack("<2Q", tail[40:56]), 98
+    known = after == 22 or (tail[:4] == b"PK\6\6" and struct.unpack("<Q", tail[64:72]) == (size - 98,))
+    if not known or tail[76:80] != b"PK\5\6" or begin + length + after != size:
+        raise ValueError("is cut short or no file of torch.save; fetch it again")
+    if length > MAX_DIRECTORY:
+        raise ValueError(f"has more than {MAX_TENSORS} parts; give a model's weights")
+
+
+def _check_legacy(file: BinaryIO, size: int) -> None:
+    """Five pickles, of which the fourth has the weights and the fifth the names of its storages, which follow."""
+    file.seek(0)
+    stream = io.BytesIO(file.read(MAX_PICKLE))
+    for _ in range(4):
+        walk = _Walk(None)
+        walk.run(stream)
+    # a storage that is missing in the list would be whatever the memory held before
+    if not stream.read().startswith(pickle.dumps(sorted(walk.storages), protocol=2)):
+        raise ValueError("is cut short or damaged: it has no list of its storages; fetch it again")
+    if sum(storage.nbytes for storage in walk.storages.values()) > size:
+        raise ValueError("is cut short or damaged: its tensors claim more than the file holds; fetch it again")
+
+
+# ---- a pickle's instructions
+
+MAX_STEPS = 10 * MAX_TENSORS
+"""Instructions of one pickle: a tensor has some thirty of them."""
+KINDS = {"Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Bool": "BOOL", "Byte": "U8"}
+KINDS |= {"Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8"}
+STORAGES = {f"torch {kind}Storage": DTYPES[name] for kind, name in KINDS.items()}
+STORAGES |= {"torch.storage UntypedStorage": torch.uint8}
+"""How a pickle names the kinds of memory behind its tensors."""
+PICKLED_DTYPES = {str(dtype).replace(".", " "): dtype for dtype in DTYPES.values()}
+REBUILT = {f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")}
+GLOBALS = {"collections OrderedDict", "torch Size", "torch device", *REBUILT, *STORAGES, *PICKLED_DTYPES}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS |= {"EMPTY_TUPLE": (), "EMPTY_LIST": list, "EMPTY_DICT": dict}
+
+
+@dataclass(frozen=True)
+class _Global:
+    """The name of a class or function, "module name", which stands for it; nothing is looked up."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The memory behind tensors."""
+
+    dtype: torch.dtype
+    nbytes: int
+
+
+class _Walk:
+    """A walk along one pickle's instructions, without running them, that ends where they do more than weights need.
+
+    ``weights_only`` bounds what a pickle can do, not what it costs: a few bytes ask for gigabytes, and tuples of tuples
+    as a name take years to hash. The stack holds numbers, texts and tuples as they are, and of all else its type.
+    """
+
+    def __init__(self, records: Mapping[str, int] | None) -> None:
+        """``records``: the size of each storage in bytes, where the file has a list of them."""
+        self.records = records
+        self.stack: list[object] = []
+        self.outer: list[list[object]] = []
+        self.memo: dict[object, object] = {}
+        self.storages: dict[str, _Storage] = {}
+
+    def run(self, stream: BinaryIO) -> None:
+        """Raises ValueError at the first instruction that is damaged or not needed."""
+        try:
+            for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                if step > MAX_STEPS:
+                    raise ValueError("it is too long")
+                self._step(opcode.name, argument)
+        except (ValueError, LookupError, TypeError) as error:
+            reason = f"is damaged, or holds more than weights ({error})"
+            raise ValueError(f"{reason}; fetch it again, or {OTHERWISE}") from error
+
+    def _step(self, name: str, argument: object) -> None:
+        match name:
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "BINUNICODE" | "SHORT_BINSTRING" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                self.stack.append(argument)
+            case _ if name in CONSTANTS:
+                self.stack.append(CONSTANTS[name])
+            case "GLOBAL":
+                if argument not in GLOBALS:
+                    raise ValueError(f"it asks to run {str(argument).replace(' ', '.')[:100]!r}")
+                self.stack.append(_Global(str(argument)))
+            case "MARK":
+                self.outer.append(self.stack)
+                self.stack = []
+            case "TUPLE":
+                items = tuple(self._since_mark())
+                self.stack.append(items)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.stack.append(tuple(self._pop(int(name[-1]))))
+            case "APPEND" | "APPENDS":
+                self._pop(1) if name == "APPEND" else self._since_mark()
+                self._expect_last(list)
+            case "SETITEM" | "SETITEMS":
+                items = self._pop(2) if name == "SETITEM" else self._since_mark()
+                if any(type(key) not in (str, int) for key in items[::2]):
+                    raise ValueError("a name in it is neither a text nor a number")
+                self._expect_last(dict, OrderedDict)
+            case "BUILD":
+                if self._pop(1)[0] is not dict:
+                    raise ValueError("it builds an object")
+                self._expect_last(OrderedDict)
+            case "BINPERSID":
+                self.stack.append(self._storage(*self._pop(1)))
+            case "REDUCE":
+                self.stack.append(_result(*self._pop(2)))
+            case "STOP":
+                pass
+            case "PROTO" if argument == 2:
+                pass
+            case _:
+                raise ValueError(f"it has an unusual {name}")
+
+    def _pop(self, count: int) -> list[object]:
+        items = self.stack[-count:]
+        if len(items) < count:
+            raise ValueError("a value is missing")
+        del self.stack[-count:]
+        return items
+
+    def _since_mark(self) -> list[object]:
+        items, self.stack = self.stack, self.outer.pop()
+        return items
+
+    def _expect_last(self, *kinds: type) -> None:
+        if self.stack[-1] not in kinds:
+            raise ValueError("it changes an object")
+
+    def _storage(self, name: object) -> _Storage:
+        match name:
+            case ("storage", _Global(kind), str(key), str(), int(count), *view) if kind in STORAGES and count >= 0:
+                storage = _Storage(STORAGES[kind], count * STORAGES[kind].itemsize)
+                sizes = {key: storage.nbytes} if self.records is None else self.records
+                known = not any(view) and sizes.get(key) == storage.nbytes
+                if known and self.storages.setdefault(key, storage) == storage:
+                    return storage
+        raise ValueError("it asks for a storage that the file does not have")
+
+
+def _result(function: object, arguments: object) -> type:
+    """What a call makes, if weights need it."""
+    match (function, arguments):
+        case (_Global("collections OrderedDict"), ()):
+            return OrderedDict
+        case (_Global("torch Size"), (tuple(sizes),)) if all(type(n) is int for n in sizes):
+            return torch.Size
+        case (_Global("torch device"), (str(),) | (str(), int())):
+            return torch.device
+        case (_Global("torch._utils _rebuild_parameter"), (made, bool(), hooks)):
+            if made is Tensor and hooks is OrderedDict:
+                return Tensor
+        case (_Global("torch._utils _rebuild_tensor_v2"), (_Storage(dtype, nbytes), *view, bool(), hooks)):
+            if hooks is OrderedDict and _fits(view, nbytes // dtype.itemsize):
+                return Tensor
+        case (_Global("torch._utils _rebuild_tensor_v3"), (_Storage(_, nbytes), *view, bool(), hooks, _Global(kind))):
+            if hooks is OrderedDict and _fits(view, nbytes // PICKLED_DTYPES[kind].itemsize):
+                return Tensor
+    raise ValueError("it makes something else than a tensor within its storage")
+
+
+def _fits(view: Sequence[object], available: int) -> bool:
+    """Whether an offset, a shape and strides stay within a storage and claim no more elements than it has."""
+    match view:
+        case [int(offset), tuple(shape), tuple(stride)] if len(shape) == len(stride) <= MAX_DIMS:
+            if all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
+                last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+                return math.prod(shape) <= available and (0 in shape or last < available)
+    return False

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from animatelcm.weights.files import State
-from animatelcm.weights.formats import Lora, LoraLayer
+from animatelcm.weights.lora import Lora, LoraLayer
 
 
-@torch.no_grad()
 def fused(base: Mapping[str, Tensor], parts: Sequence[tuple[Lora, float]]) -> State:
     """The tensors of ``base`` that (LoRA, scale) pairs change, by name, with base + sum(scale * delta) in them.
 
     The sum is float32 and rounded once; the result has the base's dtype, device and memory format. A scale of 0 is
     as if the part were not there; a negative one takes it away. Raises ValueError with the first key that does not fit.
     """
+    check(base, parts)
+    return dict(sums(base, parts))
+
+
+def check(base: Mapping[str, Tensor], parts: Iterable[tuple[Lora, float]]) -> None:
+    """Raises ValueError with the first key of a LoRA that does not fit."""
     for lora, scale in parts:
         _check(base, lora, scale)
+
+
+def sums(base: Mapping[str, Tensor], parts: Sequence[tuple[Lora, float]]) -> Iterator[tuple[str, Tensor]]:
+    """What ``fused`` returns, one (name, tensor) at a time and without its check: no second copy of all weights."""
     acting = [(lora, scale) for lora, scale in parts if scale]
-    changed = sorted({module for lora, _ in acting for module in lora})
-    return {
-        f"{module}.weight": _sum(base[f"{module}.weight"], ((lora[module], s) for lora, s in acting if module in lora))
-        for module in changed
-    }
+    for module in sorted({module for lora, _ in acting for module in lora}):
+        name = f"{module}.weight"
+        yield name, _sum(base[name], ((lora[module], scale) for lora, scale in acting if module in lora))
 
 
+@torch.no_grad()
 def _sum(weight: Tensor, layers: Iterable[tuple[LoraLayer, float]]) -> Tensor:
     total = weight.to(torch.float32, copy=True)
     for layer, scale in layers:

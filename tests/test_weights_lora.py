@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.files import read_metadata
-from animatelcm.weights.formats import Lora, LoraLayer, modelspec, read_lora, write_lora
+from animatelcm.weights.lora import Lora, LoraLayer, modelspec, read_lora, write_lora
 
 TINY = UNetConfig(
     block_out_channels=(16, 32),
@@ -187,12 +188,19 @@ def test_peft_keys_with_the_alpha_of_their_header(name, facts, alpha, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts", ['{"unet.alpha_pattern": {"to_q": 4}, "unet.lora_alpha": 8}', '{"unet.use_rslora": true}', "{damaged"]
+    "facts",
+    [
+        "{damaged",
+        '["unet.lora_alpha"]',
+        '{"unet.lora_alpha": "eight"}',
+        '{"unet.lora_alpha": Infinity}',
+        '{"unet.alpha_pattern": {"to_(q": 4}}',
+    ],
 )
 def test_headers_that_would_be_misread_are_refused(facts, tmp_path):
     state = {f"{Q}.lora_A.weight": noise(2, 6), f"{Q}.lora_B.weight": noise(5, 2)}
     save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": facts})
-    with pytest.raises(ValueError, match=r"x\.safetensors.*(alpha_pattern|use_rslora|damaged)"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: its lora_adapter_metadata is damaged"):
         read_lora(tmp_path / "x.safetensors", MODULES)
 
 
@@ -213,8 +221,10 @@ NAN = torch.full((2, 6), math.nan)
         ({"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": noise(2, 6)}, None, "this architecture"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": noise(1)}, None, "this architecture"),
         ({"transformer.to_q.lora_A.weight": noise(2, 6)}, None, "this architecture"),
-        ({f"{KOHYA_Q}.dora_scale": noise(5, 1)}, None, "no part of a plain LoRA"),
-        ({f"{KOHYA_Q}.hada_w1_a": noise(2, 6)}, None, "no part of a plain LoRA"),
+        ({f"{KOHYA_Q}.dora_scale": noise(5, 1)}, None, "DoRA"),
+        ({f"{KOHYA_Q}.lora_C.weight": noise(5, 1)}, None, "no part of a plain LoRA"),
+        ({f"{Q}.lora_B.bias": noise(5)}, None, "no part of a plain LoRA"),
+        ({f"{Q}.alpha": noise(1), f"{KOHYA_Q}.alpha": noise(1)}, f"{Q}.alpha", "second"),
         ({UP: None}, DOWN, "no lora_up.weight beside it"),
         ({DOWN: None}, UP, "no lora_down.weight beside it"),
         ({f"{Q}.lora_B.weight": noise(5, 2)}, None, "no lora_A.weight beside it"),
@@ -251,6 +261,26 @@ def test_other_weight_files_are_no_loras(state, named, tmp_path):
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=rf"x\.safetensors is no LoRA.*{named}"):
         read_lora(tmp_path / "x.safetensors", MODULES)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_hashes_are_of_what_follows_the_header(layout, tmp_path):
+    path = tmp_path / "x.safetensors"
+    lora = {Q: LoraLayer(noise(2, 6), noise(5, 2), alpha=1.0), CONV: LoraLayer(noise(2, 3, 3, 3), noise(7, 2), 2.0)}
+    write_lora(lora, path, metadata={"sshs_model_hash": "of another file", "modelspec.title": "x"}, layout=layout)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    found = read_metadata(path)
+    assert (found["modelspec.hash_sha256"], found["sshs_model_hash"]) == (f"0x{digest}", digest)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft", "animatediff"])
+@pytest.mark.parametrize("alpha", [math.nan, math.inf])
+def test_alphas_that_are_not_finite_leave_no_file(alpha, layout, tmp_path):
+    lora = {Q: LoraLayer(noise(2, 6), noise(5, 2), alpha)}
+    with pytest.raises(ValueError, match=rf"x\.safetensors: the alpha of {Q} is {alpha}"):
+        write_lora(lora, tmp_path / "x.safetensors", metadata={}, layout=layout)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [1e5, math.nan])

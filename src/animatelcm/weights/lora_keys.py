@@ -1,0 +1,211 @@
+"""Names of a LoRA's tensors in every community's words: tables and pure functions on strings, no tensors.
+
+One factor, of the first attention's query projection:
+
+    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight     kohya
+    lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_down.weight               kohya, LDM's blocks
+    diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight         ComfyUI
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight             PEFT
+    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight          diffusers
+    down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight     old diffusers, AnimateDiff
+
+Kohya's first name, without what follows its only dot, stands for the module here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+from animatelcm.weights.keys import is_motion, to_animatediff, to_diffusers
+
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+"""How kohya's names of a part's modules begin; dots become underscores after it."""
+ALPHA = ".alpha"
+FACTORS = {
+    ".lora_down": ".lora_up",
+    ".lora_A": ".lora_B",
+    ".lora.down": ".lora.up",
+    "_lora.down": "_lora.up",
+    ".lora_linear_layer.down": ".lora_linear_layer.up",
+}
+"""The two factors of a layer, before ".weight": kohya, PEFT, diffusers, old diffusers, diffusers' text encoder."""
+
+_OTHER = FACTORS | {up: down for down, up in FACTORS.items()}
+_FACTOR = re.compile(rf"(.+)({'|'.join(map(re.escape, _OTHER))})(\.[^.]+)?\.weight")
+"""Module, factor, and the name that an adapter has in PEFT."""
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|base_model\.model)\.")
+_KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+_DOTTED = {
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+}
+_ROOTS = {
+    **dict.fromkeys(("conv_in", "conv_out", "time_embedding", "down_blocks", "mid_block", "up_blocks"), "unet"),
+    **dict.fromkeys(("text_model", "encoder"), "text_encoder"),
+}
+"""Part of a name that does not say it, by its first word."""
+_RENAMES = (
+    (re.compile(r"_processor(?=_)"), ""),
+    (re.compile(r"_self_attn_to_([qkv])$"), r"_self_attn_\1_proj"),
+    (re.compile(r"_self_attn_to_out$"), "_self_attn_out_proj"),
+    (re.compile(r"_to_out$"), "_to_out_0"),
+)
+"""Old diffusers' words, with underscores."""
+
+_MERGE = "merge it into a checkpoint with the tool that made it, or take a plain LoRA"
+_FOREIGN = (
+    (re.compile(r"\.hada_"), "LoHa", _MERGE),
+    (re.compile(r"\.lokr_"), "LoKr", _MERGE),
+    (re.compile(r"\.lora_mid\."), "LoCon with a middle matrix (Tucker form)", _MERGE),
+    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector\b"), "DoRA", _MERGE),
+    (re.compile(r"\.oft_"), "OFT", _MERGE),
+    (re.compile(r"\.on_input$"), "IA3", _MERGE),
+    (re.compile(r"\.[ab][12]\.weight$"), "GLoRA", _MERGE),
+    (re.compile(r"\.diff(_b)?$"), "full difference of weights", _MERGE),
+    (re.compile(r"^(emb_params|clip_[lg])$|^bundle_emb\.|string_to_param"), "textual inversion", "take a LoRA"),
+)
+"""What is stored like a LoRA and is none: a key's mark, its kind, what to do."""
+
+_LDM_PLACES = {
+    **{f"down_blocks_{i}_resnets_{j}": f"input_blocks_{3 * i + j + 1}_0" for i in range(4) for j in range(2)},
+    **{f"down_blocks_{i}_attentions_{j}": f"input_blocks_{3 * i + j + 1}_1" for i in range(3) for j in range(2)},
+    "mid_block_resnets_0": "middle_block_0",
+    "mid_block_attentions_0": "middle_block_1",
+    "mid_block_resnets_1": "middle_block_2",
+    **{f"up_blocks_{i}_resnets_{j}": f"output_blocks_{3 * i + j}_0" for i in range(4) for j in range(3)},
+    **{f"up_blocks_{i}_attentions_{j}": f"output_blocks_{3 * i + j}_1" for i in range(1, 4) for j in range(3)},
+}
+"""Where Stable Diffusion 1.5's blocks are: diffusers' words -> LDM's. Another topology has other numbers."""
+_LDM_LAYERS = {
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding_linear_1": "time_embed_0",
+    "time_embedding_linear_2": "time_embed_2",
+    **{f"down_blocks_{i}_downsamplers_0_conv": f"input_blocks_{3 * i + 3}_0_op" for i in range(3)},
+    "up_blocks_0_upsamplers_0_conv": "output_blocks_2_1_conv",
+    **{f"up_blocks_{i}_upsamplers_0_conv": f"output_blocks_{3 * i + 2}_2_conv" for i in (1, 2)},
+}
+_LDM_RESNET = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+_PLACE = re.compile(r"((?:down_blocks_\d+|mid_block|up_blocks_\d+)_(?:resnets|attentions)_\d+)_(.+)")
+_PROJECTION = re.compile(r"(.+\.(?:attn[12]|attention_blocks\.[01]))\.(to_[qkv]|to_out)(?:\.0)?")
+
+
+class Key(NamedTuple):
+    """What a tensor of a LoRA file is."""
+
+    stem: str
+    """The module in the file's own words."""
+    name: str
+    """The module in kohya's words; the stem where it is in nobody's."""
+    role: Literal["down", "up", "alpha"]
+    other: str
+    """What follows the stem in the name of the other factor; empty for an alpha."""
+
+
+def parse(key: str) -> Key | None:
+    """What the tensor of this name is, in any dialect; None where it is no part of a plain LoRA."""
+    if key.endswith(ALPHA):
+        stem = key.removesuffix(ALPHA)
+        if factor := _FACTOR.fullmatch(stem):  # the alphas of diffusers' loader have names like "...down.weight.alpha"
+            stem = factor[1]
+        stem = re.sub(r"[._]lora$", "", stem)
+        return Key(stem, _name(stem), "alpha", "")
+    match = _FACTOR.fullmatch(key)
+    if match is None:
+        return None
+    stem, factor, adapter = match[1], match[2], match[3] or ""
+    return Key(stem, _name(stem), "down" if factor in FACTORS else "up", f"{_OTHER[factor]}{adapter}.weight")
+
+
+def foreign(key: str) -> str:
+    """Why a tensor of another kind of network is not read, as the rest of a sentence; empty for any other tensor."""
+    for mark, kind, advice in _FOREIGN:
+        if mark.search(key):
+            return f"is part of another kind of network ({kind}), which is not read; {advice}"
+    return ""
+
+
+def kohya_name(module: str) -> str:
+    """Module path -> kohya's name, the same for both ways to name a text encoder's modules."""
+    part, _, path = module.partition(".")
+    return _joined(part, path)
+
+
+def peft_name(module: str) -> str:
+    """Module path -> the name in PEFT files of diffusers; a text encoder's has ``text_model.``, which all read."""
+    part, _, path = module.partition(".")
+    return f"{part}.text_model.{path.removeprefix('text_model.')}" if part == "text_encoder" else module
+
+
+def animatediff_name(module: str) -> str:
+    """Module path -> AnimateDiff's name, which only projections of the UNet's attentions have; empty for others."""
+    part, _, path = module.partition(".")
+    match = _PROJECTION.fullmatch(to_animatediff(path)) if part == "unet" else None
+    return f"{match[1]}.processor.{match[2]}" if match else ""
+
+
+def names(modules: Iterable[str]) -> dict[str, str]:
+    """Kohya's name -> module path, for the parts that have one; LDM's names too if these are the blocks of an SD1.5."""
+    known: dict[str, str] = {}
+    for module in modules:
+        if module.partition(".")[0] in PREFIXES:
+            first = known.setdefault(kohya_name(module), module)
+            assert first == module, f"kohya has one name for {first} and {module}"
+    return _ldm_names(known) | known
+
+
+def missing(name: str, known: Mapping[str, str]) -> str:
+    """Why a module in kohya's words is not among the model's, as the rest of a sentence."""
+    if "_motion_modules_" not in name:
+        return "is for a module that the model does not have; take a LoRA made for this architecture"
+    if not any(is_motion(module) for module in known.values()):
+        return "is for a temporal layer, and the model has none; load the model with temporal layers"
+    return "is for a temporal layer that the model does not have; take a motion LoRA for temporal layers like its own"
+
+
+def _name(stem: str) -> str:
+    for prefix, part in _KOHYA.items():
+        if stem.startswith(prefix):
+            return _joined(part, stem.removeprefix(prefix))
+    path = to_diffusers(_WRAPPERS.sub("", stem))
+    for prefix, part in _DOTTED.items():
+        if path.startswith(prefix):
+            return _joined(part, path.removeprefix(prefix))
+    root = path.partition(".")[0]
+    return _joined(_ROOTS[root], path) if root in _ROOTS else stem
+
+
+def _joined(part: str, path: str) -> str:
+    flat = path.replace(".", "_")
+    if part == "text_encoder":
+        flat = flat.removeprefix("text_model_")
+    for old, new in _RENAMES:
+        flat = old.sub(new, flat)
+    return PREFIXES[part] + flat
+
+
+def _ldm_names(known: Mapping[str, str]) -> dict[str, str]:
+    """LDM's name in kohya's words -> module path; {} where the blocks are not Stable Diffusion 1.5's."""
+    prefix = PREFIXES["unet"]
+    paths = {name.removeprefix(prefix): module for name, module in known.items() if name.startswith(prefix)}
+    if {match[1] for match in map(_PLACE.fullmatch, paths) if match} != _LDM_PLACES.keys():
+        return {}
+    return {prefix + ldm: module for path, module in paths.items() if (ldm := _ldm_path(path))}
+
+
+def _ldm_path(path: str) -> str:
+    """LDM's name of a module of the UNet, both with underscores; empty where it has none."""
+    match = _PLACE.fullmatch(path)
+    if match is None:
+        return _LDM_LAYERS.get(path, "")
+    layer = _LDM_RESNET.get(match[2], "") if "_resnets_" in path else match[2]
+    return f"{_LDM_PLACES[match[1]]}_{layer}" if layer else ""
