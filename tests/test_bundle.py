@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from animatelcm.bundle import find, load, load_sum, save
+from animatelcm.bundle import load, save
 from animatelcm.fusion import baked, base_state, fuse
+from animatelcm.hub import find
 from animatelcm.model import VideoModel
 from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
+from animatelcm.sums import load_sum
 from animatelcm.weights.files import State, read_safetensors
-from animatelcm.weights.formats import Lora, LoraLayer
 from animatelcm.weights.fuse import fused
+from animatelcm.weights.lora import Lora, LoraLayer
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from animatelcm.model import VideoModel
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
 from animatelcm.weights.files import State, write_safetensors
-from animatelcm.weights.formats import Lora, LoraLayer, write_lora
+from animatelcm.weights.lora import Lora, LoraLayer, write_lora
 
 
 @pytest.fixture

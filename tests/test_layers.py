@@ -12,9 +12,9 @@ import animatelcm
 ROOT = Path(animatelcm.__file__).parent
 ROWS = [
     {"schedule", "solver", "consistency", "losses", "ema", "rng"},
-    {"nets", "weights", "data", "video", "images", "streams"},
-    {"config", "request", "model", "fusion", "bundle", "miniature", "roles"},
-    {"objectives", "sampling", "windows", "evaluate", "inspection", "pipeline"},
+    {"nets", "weights", "data", "video", "images", "streams", "hub"},
+    {"config", "request", "model", "networks", "ldm", "fusion", "bundle", "sums", "miniature", "roles"},
+    {"objectives", "sampling", "windows", "evaluate", "inspection", "conversion", "pipeline"},
     {"recipes", "checkpoint", "planning", "stages", "training", "log"},
     {"cli", "server", "ui", "cluster", "__main__"},
 ]

@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from animatelcm import networks
 from animatelcm.fusion import fuse
+from animatelcm.hub import ASSETS, find
+from animatelcm.ldm import read_checkpoint
 from animatelcm.model import Facts, VideoModel
+from animatelcm.nets import sd15
 from animatelcm.nets.motion import MotionConfig
-from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.request import ModelSource
-from animatelcm.schedule import NoiseSchedule
-from animatelcm.weights.files import State, read_safetensors, write_safetensors
-from animatelcm.weights.formats import Lora, modelspec, read_lora, write_lora
+from animatelcm.nets.unet import UNetConfig
+from animatelcm.networks import read_json, read_part
+from animatelcm.schedule import NoiseSchedule, SchedulerClass
+from animatelcm.weights.files import State, write_safetensors
+from animatelcm.weights.lora import Lora, modelspec, read_lora, write_lora
 
-_T = TypeVar("_T")
-ASSETS = Path(__file__).parent / "assets"
 FACTS_FILE = "animatelcm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE_LORA = Path("loras") / "image_lcm.safetensors"
-HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*/*.json", "*/*.txt", "*/*.safetensors"]
 
 
 MODEL_INDEX = {
@@ -51,11 +51,17 @@ MODEL_INDEX = {
 }
 
 
-def save(model: VideoModel, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def save(
+    model: VideoModel,
+    folder: Path,
+    dtype: torch.dtype = torch.float16,
+    *,
+    scheduler: SchedulerClass = "DDIMScheduler",
+) -> None:
     """Write the bundle; the folder appears whole or not at all, and replaces one that is there.
 
     What ``fusion.fuse`` added is left out where it can be added again: the base is written, and LoRAs beside it.
-    ``fusion.baked`` makes a sum permanent.
+    ``fusion.baked`` makes a sum permanent. ``scheduler`` is the one that diffusers' pipelines begin with.
     """
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".partial")
@@ -64,9 +70,14 @@ def save(model: VideoModel, folder: Path, dtype: torch.dtype = torch.float16) ->
     _write_networks(model, unfinished, dtype)
     _write_loras(model, unfinished, dtype)
     model.tokenizer.save_pretrained(str(unfinished / "tokenizer"))
-    _write_json(unfinished / "scheduler" / "scheduler_config.json", model.schedule.to_diffusers())
-    _write_json(unfinished / "model_index.json", MODEL_INDEX)
+    _write_json(unfinished / "scheduler" / "scheduler_config.json", model.schedule.to_diffusers(scheduler))
+    _write_json(unfinished / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler]})
     _write_json(unfinished / FACTS_FILE, asdict(model.facts))
+    put_folder(unfinished, folder)
+
+
+def put_folder(unfinished: Path, folder: Path) -> None:
+    """Give a finished folder its name, in place of one that has it."""
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
@@ -119,35 +130,19 @@ def load(
     source: str | Path = "emoji",
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     teacher: bool = False,
     image_scale: float = 1.0,
 ) -> VideoModel:
-    """Load a bundle: "emoji" (embedded), a folder, or a Hugging Face id. Weights are float32, in channels-last order.
+    """Load a model: "emoji" (embedded), a folder, a checkpoint of Stable Diffusion 1.x (.safetensors, .ckpt), or a
+    Hugging Face id (``hub.find``). Weights are converted to ``dtype``, convolutions kept in channels-last order.
 
     A distilled bundle comes with its image acceleration fused at ``image_scale``; ``teacher`` loads the many-step model
     that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. Raises
-    ValueError where a folder is no bundle, naming what is missing.
+    ValueError where a part is missing or does not fit, naming the file.
     """
-    folder = find(source)
-    if not (folder / "unet" / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is no model folder: unet/config.json is missing; give a diffusers folder or a hub id"
-        )
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    model = VideoModel(
-        unet=_load_unet(folder),
-        vae=_quietly(AutoencoderKL.from_pretrained, folder / "vae"),
-        text_encoder=_quietly(CLIPTextModel.from_pretrained, folder / "text_encoder", dtype=torch.float32),
-        tokenizer=_quietly(CLIPTokenizer.from_pretrained, folder / "tokenizer"),
-        schedule=NoiseSchedule.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json")),
-        facts=_load_facts(folder, str(source)),
-        teacher_motion=_read_motion_state(folder / "motion_adapter_teacher"),
-    )
-    _read_loras(model, folder)
-    for network in model.networks.values():
-        network.eval().requires_grad_(False)
+    place = find(source)
+    model = _from_file(place, dtype) if place.is_file() else _from_folder(place, str(source), dtype)
     model.to(device)
     if teacher:
         return _as_teacher(model)
@@ -156,18 +151,55 @@ def load(
     return model
 
 
-def load_sum(source: ModelSource, *, device: torch.device | str = "cpu") -> VideoModel:
-    """The model that a source describes, its styles and acceleration fused at their scales.
-
-    Raises ValueError where a part is missing or does not fit, and where ``image_scale`` has nothing to scale.
-    """
-    styles = source.styles()
-    model = load(source.model, device=device, teacher=source.teacher, image_scale=source.image_scale)
-    if source.image_scale not in (0, 1) and not model.acceleration[0]:
-        raise ValueError(f"image_scale={source.image_scale}: this model has no image acceleration; leave the scale out")
-    if styles:
-        fuse(model, style=styles)
+def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> VideoModel:
+    if not (folder / "unet" / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is no model folder: unet/config.json is missing; give a diffusers folder, a checkpoint "
+            "or a hub id"
+        )
+    motion, temporal = None, {}
+    if (folder / "motion_adapter" / "config.json").is_file():
+        motion, temporal = read_motion_adapter(folder / "motion_adapter")
+    state = read_part(folder / "unet", "diffusion_pytorch_model") | temporal
+    config, text = folder / "unet" / "config.json", folder / "text_encoder"
+    model = VideoModel(
+        unet=networks.unet(UNetConfig.from_diffusers(read_json(config)), motion, state, dtype, str(folder / "unet")),
+        vae=networks.autoencoder(
+            read_json(folder / "vae" / "config.json"),
+            read_part(folder / "vae", "diffusion_pytorch_model"),
+            dtype,
+            str(folder / "vae"),
+        ),
+        text_encoder=networks.text_encoder(read_json(text / "config.json"), _read_text_state(text), dtype, str(text)),
+        tokenizer=networks.tokenizer(folder / "tokenizer"),
+        schedule=NoiseSchedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json")),
+        facts=_load_facts(folder, name),
+        teacher_motion=_teacher_motion(folder / "motion_adapter_teacher", dtype),
+    )
+    _read_loras(model, folder)
     return model
+
+
+def _read_text_state(folder: Path) -> State:
+    return read_part(folder, "model" if any(folder.glob("model*.safetensors")) else "pytorch_model")
+
+
+def _teacher_motion(folder: Path, dtype: torch.dtype) -> State:
+    state = read_motion_adapter(folder).state if folder.is_dir() else {}
+    return {key: value.to(dtype) for key, value in state.items()}
+
+
+def _from_file(path: Path, dtype: torch.dtype) -> VideoModel:
+    """A single-file checkpoint, with CLIP's tokenizer and Stable Diffusion's noise."""
+    found = read_checkpoint(path)
+    return VideoModel(
+        unet=networks.unet(found.unet_config, None, found.unet, dtype, f"{path}: unet"),
+        vae=networks.autoencoder(found.vae_config, found.vae, dtype, f"{path}: vae"),
+        text_encoder=networks.text_encoder(found.text_config, found.text, dtype, f"{path}: text encoder"),
+        tokenizer=networks.clip_tokenizer(ASSETS / "sd15" / "merges.txt", sd15.TOKENS),
+        schedule=NoiseSchedule(beta_schedule="scaled_linear"),
+        facts=Facts(name=path.stem),
+    )
 
 
 def _as_teacher(model: VideoModel) -> VideoModel:
@@ -183,52 +215,6 @@ def _read_loras(model: VideoModel, folder: Path) -> None:
         model.styles[path.stem] = read_lora(path, model.modules())
 
 
-def find(source: str | Path) -> Path:
-    """Where a bundle lies: the embedded one, a folder, or the local copy of a hub repository (fetched if need be)."""
-    if source == "emoji":
-        return ASSETS / "emoji" / "model"
-    if Path(source).is_dir():
-        return Path(source)
-    if str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        raise ValueError(
-            f"no model {str(source)!r}: give 'emoji', an existing folder, or a hub id such as 'owner/name'"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise ValueError(
-            f"model {str(source)!r} is neither a folder, nor in the local cache, nor reachable: {error}"
-        ) from error
-
-
-def _quietly(read: Callable[..., _T], folder: Path, **options: Any) -> _T:  # noqa: ANN401 - from_pretrained's
-    """Read a part from a local folder without the libraries' own progress bars."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return read(str(folder), local_files_only=True, **options)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load_unet(folder: Path) -> VideoUNet:
-    config = UNetConfig.from_diffusers(_read_json(folder / "unet" / "config.json"))
-    state = read_safetensors(folder / "unet" / WEIGHTS)
-    motion = None
-    if (folder / "motion_adapter" / "config.json").is_file():
-        motion, temporal = read_motion_adapter(folder / "motion_adapter")
-        state |= temporal
-    unet = VideoUNet(config, motion)
-    unet.load_state_dict({key: value.float() for key, value in state.items()})
-    return unet
-
-
 class MotionAdapter(NamedTuple):
     """Temporal layers: their shape, and their weights by their names in ``unet``."""
 
@@ -237,29 +223,24 @@ class MotionAdapter(NamedTuple):
 
 
 def read_motion_adapter(folder: Path) -> MotionAdapter:
-    """Temporal layers from the folder of a diffusers ``MotionAdapter``. Raises ValueError where there are none."""
+    """Temporal layers from the folder of a diffusers ``MotionAdapter``, as stored; positions are regenerated.
+
+    Raises ValueError where there are none.
+    """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no MotionAdapter: config.json is missing; give a folder that diffusers saved")
-    return MotionAdapter(MotionConfig.from_diffusers(_read_json(folder / "config.json")), _read_motion_state(folder))
-
-
-def _read_motion_state(folder: Path) -> State:
-    """Temporal layers by their names in ``unet``, without positions, which are regenerated; {} where there are none."""
-    weights = read_safetensors(folder / WEIGHTS) if folder.is_dir() else {}
-    return {key: value.float() for key, value in weights.items() if not key.endswith("pos_embed.pe")}
+    state = read_part(folder, "diffusion_pytorch_model")
+    state = {key: value for key, value in state.items() if not key.endswith("pos_embed.pe")}
+    return MotionAdapter(MotionConfig.from_diffusers(read_json(folder / "config.json")), state)
 
 
 def _load_facts(folder: Path, name: str) -> Facts:
     path = folder / FACTS_FILE
-    return Facts(**_read_json(path)) if path.is_file() else Facts(name=name)
+    return Facts(**read_json(path)) if path.is_file() else Facts(name=name)
 
 
 def _plain_config(config: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' FrozenDict
     return {key: value for key, value in dict(config).items() if not key.startswith("_") or key == "_class_name"}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import AvoidSubcommands, Positional, arg
@@ -18,7 +18,7 @@ from tyro.conf import AvoidSubcommands, Positional, arg
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
 from animatelcm.evaluate.report import Kind
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.request import ModelSource, SampleRequest, Target
 
 if TYPE_CHECKING:
     from animatelcm.model import VideoModel
@@ -50,7 +50,8 @@ class Generate:
             video.check_path(target, overwrite=self.force)
         began = time.perf_counter()
         request = _sized(self.request, self.size)
-        model = _load(self.source, self.device)
+        with _told(quiet=self.json):
+            model = _load(self.source, self.device, keep=False)
         request = request.resolved(model.facts, model.downscale)
         loaded = time.perf_counter() - began
         videos = _with_bar(model, request, quiet=self.json)
@@ -111,6 +112,43 @@ class Inspect:
 
         facts = describe(self.file)
         _say(json.dumps(facts) if self.json else "\n".join(f"{key:>20}  {value}" for key, value in facts.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write a model, a motion module or a LoRA in another tool's format."""
+
+    source: Positional[str]
+    """A model folder, "emoji", a checkpoint, a motion module, a LoRA, or one of them on the hub."""
+    out: Positional[Path]
+    """The file (.safetensors) or the folder to write."""
+    to: Target
+    """diffusers: a model's or a MotionAdapter's folder; animatediff: a motion module for ComfyUI and A1111; kohya,
+    peft: a LoRA; bundle: a model's folder."""
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    """Numbers of 16 or 32 bits."""
+    part: str = ""
+    """Of a model: a style's name (kohya, peft), or "teacher" (animatediff)."""
+    force: bool = False
+    """Replace what exists."""
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+
+    def run(self) -> None:
+        if self.out.exists() and not self.force:
+            raise ValueError(f"{self.out} exists; choose another name, or add --force to replace it")
+        import torch
+
+        from animatelcm.conversion import convert
+
+        dtype = {"fp16": torch.float16, "fp32": torch.float32}[self.dtype]
+        made = convert(self.source, self.out, to=self.to, dtype=dtype, part=self.part)
+        facts = {key: str(value) for key, value in asdict(made).items() if value}
+        _say(
+            json.dumps(facts)
+            if self.json
+            else f"{made.path}: {made.kind}" + (f", sha256 {made.sha256}" * bool(made.sha256))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-VERBS = {"generate": Generate, "fuse": Fuse, "inspect": Inspect, "eval": Eval}
+VERBS = {"generate": Generate, "fuse": Fuse, "convert": Convert, "inspect": Inspect, "eval": Eval}
 
 
 def _run(words: list[str]) -> None:
@@ -258,11 +296,25 @@ def _train_verb(words: list[str]) -> None:
     )
 
 
-def _load(source: ModelSource, device: str) -> VideoModel:
-    from animatelcm.bundle import load_sum
-    from animatelcm.sampling import best_device
+@contextmanager
+def _told(*, quiet: bool) -> Iterator[None]:
+    """What the library logs meanwhile, on stderr."""
+    import logging
 
-    return load_sum(source, device=best_device() if device == "auto" else device)
+    log, handler = logging.getLogger("animatelcm"), logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _load(source: ModelSource, device: str, *, keep: bool = True) -> VideoModel:
+    from animatelcm.sampling import best_device
+    from animatelcm.sums import load_sum
+
+    return load_sum(source, device=best_device() if device == "auto" else device, keep=keep)
 
 
 def _with_bar(model: object, request: SampleRequest, *, quiet: bool) -> list[Video]:

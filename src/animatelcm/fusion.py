@@ -12,8 +12,8 @@ from torch import Tensor
 
 from animatelcm.model import VideoModel
 from animatelcm.weights.files import State, read_safetensors
-from animatelcm.weights.formats import Lora, read_lora
-from animatelcm.weights.fuse import fused
+from animatelcm.weights.fuse import check, sums
+from animatelcm.weights.lora import Lora, read_lora
 
 Weighted = tuple[str | Path | Lora, float]
 """A LoRA and its scale: a file, a style of the model by its name, or a LoRA that is loaded already."""
@@ -25,25 +25,30 @@ def fuse(
     style: Weighted | Sequence[Weighted] = (),
     image: Weighted | float | None = None,
     motion: tuple[Path | State, float] | None = None,
+    keep: bool = True,
 ) -> None:
     """Make the model w0 + alpha * style + beta * image_acceleration + gamma * motion (AnimateLCM-2, eq. 1-2), in place.
 
     It starts from the base each time, so a second call replaces the first, and sampling costs what it did. ``image``
     is a LoRA with its beta, or a beta for the model's own; None leaves the acceleration that is there. ``motion``
     replaces the temporal layers by a file's, with their outer ``proj_out`` scaled by gamma: 0 is the image model; None
-    leaves them as they are.
+    leaves them as they are. A LoRA of temporal layers is added to what ``motion`` puts there. With ``keep`` the base's
+    values are kept aside for the next sum; without, the sum becomes the base, as in ``baked``, and costs no memory.
 
     Raises ValueError naming the first key that does not fit the model, and then nothing has changed.
     """
     acceleration = _acceleration(model, image)
     parts = [(_lora(model, source), scale) for source, scale in _listed(style)] + [acceleration]
     base = base_state(model)
-    changed = fused(base, parts)
-    if motion is not None:
-        changed |= _motion(base, *motion)
+    check(base, parts)
+    temporal = {} if motion is None else _motion(base, *motion)
+    del base  # where it is a copy, its memory is wanted now
     unfuse(model)
-    _put(model, changed.items(), keep=True)
+    _put(model, temporal.items(), keep=keep)
+    _put(model, sums(base_state(model) | temporal, parts), keep=keep)
     model.acceleration = acceleration
+    if not keep:
+        vars(model).update(vars(baked(model)))
 
 
 def unfuse(model: VideoModel) -> None:
@@ -130,6 +135,6 @@ def _put(model: VideoModel, values: Iterable[tuple[str, Tensor]], *, keep: bool)
     live = {part: network.state_dict() for part, network in model.networks.items()}
     for key, value in values:
         part, _, name = key.partition(".")
-        if keep:
+        if keep and key not in model.kept:
             model.kept[key] = live[part][name].to("cpu", copy=True)
         live[part][name].copy_(value)

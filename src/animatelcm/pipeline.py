@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from animatelcm.bundle import load
 from animatelcm.model import VideoModel
-from animatelcm.request import SampleRequest, Video
+from animatelcm.request import ModelSource, SampleRequest, Video
 from animatelcm.sampling import sample
+from animatelcm.sums import load_sum
 
 
 class Pipeline:
@@ -20,9 +21,25 @@ class Pipeline:
         self.model = model
 
     @classmethod
-    def from_pretrained(cls, source: str | Path = "emoji", *, device: str = "cpu") -> Pipeline:
-        """Load "emoji", a folder or a hub id. Raises ValueError where there is none."""
-        return cls(load(source, device=device))
+    def from_pretrained(
+        cls,
+        source: str | Path = "emoji",
+        *,
+        motion: str | Path | None = None,
+        loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        keep: bool = True,
+        **options: Any,  # noqa: ANN401 - ModelSource's other fields
+    ) -> Pipeline:
+        """A base ("emoji", a folder, a checkpoint, a hub id), temporal layers and LoRAs, each a file or (file, scale).
+
+        ``options`` are ``ModelSource``'s other fields; an unknown one is a TypeError. Without ``keep`` the LoRAs cannot
+        be taken out again, which saves the memory of what they change. Raises ValueError naming what is missing.
+        """
+        style = tuple(f"{lora[0]}:{lora[1]!r}" if isinstance(lora, tuple) else str(lora) for lora in loras)
+        described = ModelSource(model=str(source), motion=str(motion or ""), style=style, **options)
+        return cls(load_sum(described, device=device, dtype=dtype, keep=keep))
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move every network."""

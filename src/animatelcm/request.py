@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Sampler = Literal["lcm", "ddim", "dpm++"]
 Spacing = Literal["leading", "trailing"]
+BetaSchedule = Literal["linear", "scaled_linear"]
+Target = Literal["diffusers", "animatediff", "kohya", "peft", "bundle"]
+"""Formats of weights that can be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +26,20 @@ class ModelSource:
     """Which weights: a bundle, and what is added to it."""
 
     model: str = "emoji"
-    """"emoji" (embedded), a model folder, or a Hugging Face id."""
-    style: UseAppendAction[tuple[str, ...]] = ()
-    """A style LoRA, FILE or FILE:SCALE, or the name of one of the model's own; may be given several times."""
+    """"emoji" (embedded), a model folder, a checkpoint of Stable Diffusion 1.x, or a Hugging Face id."""
+    motion: str = ""
+    """Temporal layers to add or to replace: a file of AnimateDiff's or AnimateLCM's, a MotionAdapter's folder, or one
+    of them on the hub (owner/name, owner/name/FILE)."""
+    style: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--lora"])] = ()
+    """A LoRA, FILE or FILE:SCALE, or the name of one of the model's own styles; may be given several times."""
     image_scale: float = 1.0
     """Beta: how much of the model's image acceleration; 0.8 is a usual choice with styles."""
     teacher: bool = False
     """The many-step model that this one was distilled from."""
+    beta_schedule: BetaSchedule | None = None
+    """Noise to sample under, where it is not what the files were made for."""
+    solver_steps: int | None = None
+    """N, the grid that an lcm sampler steps on (diffusers' original_inference_steps)."""
 
     def styles(self) -> list[tuple[str, float]]:
         """(file or name, scale) of each style. Raises ValueError where a scale is no number."""
@@ -37,11 +47,13 @@ class ModelSource:
 
     def words(self) -> list[str]:
         """As the command line has it; defaults are left out."""
-        words = ["--model", self.model]
+        words = ["--model", self.model, *(["--motion", self.motion] if self.motion else [])]
         for text in self.style:
             words += ["--style", text]
         words += ["--image-scale", _number(self.image_scale)] if self.image_scale != 1 else []
-        return words + (["--teacher"] if self.teacher else [])
+        words += ["--teacher"] if self.teacher else []
+        words += ["--beta-schedule", self.beta_schedule] if self.beta_schedule else []
+        return words + (["--solver-steps", str(self.solver_steps)] if self.solver_steps else [])
 
 
 def _scaled(text: str) -> tuple[str, float]:

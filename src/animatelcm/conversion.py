@@ -1,0 +1,233 @@
+"""Files of one community's format into another's: motion modules, LoRAs, and whole models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import torch
+
+from animatelcm.bundle import FACTS_FILE, IMAGE_LORA, load, put_folder, read_motion_adapter, save
+from animatelcm.hub import find
+from animatelcm.ldm import is_checkpoint
+from animatelcm.model import Facts
+from animatelcm.nets import emoji, sd15
+from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.networks import empty_weights, read_json
+from animatelcm.request import Target
+from animatelcm.schedule import NoiseSchedule
+from animatelcm.weights.files import State, read_header, read_metadata, sha256
+from animatelcm.weights.fuse import check
+from animatelcm.weights.identify import identify
+from animatelcm.weights.lora import Lora, modelspec, read_lora, write_lora
+from animatelcm.weights.motion import MotionFile, motion_modelspec, read_motion, write_motion
+from animatelcm.weights.motion import config as motion_settings
+
+LORA_KINDS = ("lora", "motion_lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written: a file with its hash, or a folder."""
+
+    path: Path
+    kind: str
+    """What it is, for people to read."""
+    sha256: str = ""
+
+
+def convert(
+    source: str | Path, out: Path, *, to: Target, dtype: torch.dtype = torch.float16, part: str = ""
+) -> Converted:
+    """Write what a source is (``hub.find``) in the format ``to``: a file, or a folder that appears whole or not at all.
+
+    ==================  =================================================================================
+    source              formats
+    ==================  =================================================================================
+    model, checkpoint   "bundle", "diffusers": a model folder; "animatediff": its motion module; "kohya",
+                        "peft": its image acceleration, or the style that ``part`` names
+    motion module       "animatediff": a file as AnimateLCM's, without positions; "diffusers": a
+                        MotionAdapter's folder
+    LoRA                "kohya", "peft"; of temporal layers "animatediff" too
+    ==================  =================================================================================
+
+    ``part``: "teacher" (the teacher's motion module) or a style's name, of a model. Raises ValueError where a source
+    has no such form, naming those it has.
+    """
+    out = Path(out)
+    if to not in get_args(Target):
+        raise ValueError(f"to={to!r} is not one of {', '.join(get_args(Target))}")
+    place = find(source)
+    if place.is_dir():
+        return (
+            _from_model(place, out, to, dtype, part)
+            if (place / "unet").is_dir()
+            else _from_motion(place, out, to, dtype)
+        )
+    header = read_header(place)
+    if is_checkpoint(header):
+        return _from_model(place, out, to, dtype, part)
+    kind = identify(header)
+    if kind.kind in LORA_KINDS:
+        return _from_lora(place, out, to, dtype)
+    if kind.kind == "motion":
+        return _from_motion(place, out, to, dtype)
+    raise ValueError(f"{place} is {kind}, which converts into nothing; give a model, a motion module or a LoRA")
+
+
+def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: str) -> Converted:
+    """A model's folder or checkpoint: as a folder, or one of its parts as a file."""
+    if to in ("bundle", "diffusers"):
+        _refuse_part(place, part, "", to)
+        model = load(place, dtype=dtype, image_scale=0.0)
+        fast = model.facts.sampler == "lcm" and to == "diffusers"
+        save(model, out, dtype, scheduler="LCMScheduler" if fast else "DDIMScheduler")
+        return Converted(path=out, kind=f"model folder ({to})")
+    if to == "animatediff":
+        return _motion_of_model(place, out, dtype, part)
+    file = place / (Path("styles") / f"{part}.safetensors" if part else IMAGE_LORA)
+    if not file.is_file():
+        styles = sorted(path.stem for path in (place / "styles").glob("*.safetensors"))
+        wanted = f"style {part!r}" if part else "image acceleration"
+        raise ValueError(f"{place} has no {wanted}; its styles are: {', '.join(styles) or 'none'}")
+    return _from_lora(file, out, to, dtype)
+
+
+def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> Converted:
+    """A model folder's motion module in AnimateDiff's keys, with its noise and settings in the header."""
+    _refuse_part(place, part, "teacher", "animatediff")
+    folder = place / ("motion_adapter_teacher" if part else "motion_adapter")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{place} has no {folder.name}; take a model that has temporal layers")
+    motion, state = read_motion_adapter(folder)
+    widths = UNetConfig.from_diffusers(read_json(place / "unet" / "config.json"))
+    schedule = NoiseSchedule.from_diffusers(read_json(place / "scheduler" / "scheduler_config.json"))
+    facts = Facts(**read_json(place / FACTS_FILE)) if (place / FACTS_FILE).is_file() else Facts(name="")
+    facts = facts.of_teacher() if part else facts
+    said = {
+        "motion": motion.to_diffusers(widths),
+        "schedule": schedule.to_diffusers(),
+        "sampling": {key: getattr(facts, key) for key in ("num_inference_steps", "guidance_scale", "sampler")},
+    }
+    return _write_motion_file(out, state, {}, facts.name, dtype, said)
+
+
+def _from_motion(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Converted:
+    """A motion module in either of its two layouts."""
+    found = read_motion(place)
+    if to == "animatediff":
+        return _write_motion_file(out, found.state, dict(found.image_encoder), "", dtype, _said(place))
+    if to != "diffusers":
+        raise ValueError(f"{place} is a motion module, which has no form {to!r}; choose animatediff or diffusers")
+    config = _said(place).get("motion") or motion_settings(found)
+    unfinished = out.with_name(out.name + ".partial")
+    write_motion(
+        found.state,
+        unfinished / "diffusion_pytorch_model.safetensors",
+        layout="diffusers",
+        dtype=dtype,
+        rows=int(config["motion_max_seq_length"]),
+        image_encoder=found.image_encoder,
+        metadata=motion_modelspec(title=out.stem, base=_base(found), layout="diffusers", date=date.today().isoformat()),
+    )
+    (unfinished / "config.json").write_text(
+        json.dumps({**config, "_class_name": "MotionAdapter"}, indent=2, default=list) + "\n", encoding="utf-8"
+    )
+    put_folder(unfinished, out)
+    return Converted(path=out, kind="MotionAdapter's folder")
+
+
+def _said(place: Path) -> dict[str, Any]:
+    if place.is_dir() or place.suffix != ".safetensors":
+        return {}
+    return json.loads(read_metadata(place).get("animatelcm", "{}"))
+
+
+def _base(found: MotionFile) -> str:
+    return "emoji" if found.channels == emoji.UNET["block_out_channels"] else "stable-diffusion-v1"
+
+
+def _write_motion_file(
+    out: Path,
+    state: dict[str, torch.Tensor],
+    encoder: dict[str, torch.Tensor],
+    base: str,
+    dtype: torch.dtype,
+    said: dict[str, Any],
+) -> Converted:
+    _check_file(out)
+    metadata = motion_modelspec(title=out.stem, base=base, layout="animatediff", date=date.today().isoformat())
+    metadata |= {"animatelcm": json.dumps(said, default=list)} if said else {}
+    write_motion(state, out, layout="animatediff", dtype=dtype, image_encoder=encoder, metadata=metadata)
+    return Converted(path=out, kind="motion module (AnimateDiff's keys)", sha256=sha256(out))
+
+
+def _from_lora(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Converted:
+    if to not in ("kohya", "peft", "animatediff"):
+        raise ValueError(f"{place} is a LoRA, which has no form {to!r}; choose kohya, peft or animatediff")
+    _check_file(out)
+    lora, base = _read_any_lora(place)
+    layer = next(iter(lora.values()))
+    metadata = read_metadata(place) if place.suffix == ".safetensors" else {}
+    kind = metadata.get("modelspec.category", "style")
+    facts = modelspec(
+        title=metadata.get("modelspec.title", place.stem),
+        kind=kind,
+        base=base,
+        rank=layer.rank,
+        alpha=layer.alpha,
+        date=metadata.get("modelspec.date", date.today().isoformat()),
+    )
+    write_lora(lora, out, metadata=facts, dtype=dtype, layout=to)
+    return Converted(path=out, kind=f"LoRA ({to})", sha256=sha256(out))
+
+
+def _read_any_lora(place: Path) -> tuple[Lora, str]:
+    """A LoRA of Stable Diffusion 1.5 or of the miniature, and which. Raises ValueError as for the former."""
+    first: ValueError | None = None
+    for base, shapes in {"stable-diffusion-v1": sd15, "emoji": emoji}.items():
+        weights = _weights(shapes)
+        try:
+            lora = read_lora(place, [key.removesuffix(".weight") for key in weights])
+            check(weights, [(lora, 1.0)])
+        except ValueError as error:
+            first = first or error
+        else:
+            return lora, base
+    assert first is not None
+    raise first
+
+
+@cache
+def _weights(shapes: ModuleType) -> State:
+    """Maps and convolutions of a known architecture by ``<part>.<name>``, with temporal layers, without numbers."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with empty_weights():
+        parts = {
+            "unet": VideoUNet(UNetConfig.from_diffusers(shapes.UNET), shapes.MOTION),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes.TEXT)),
+        }
+    return {
+        f"{part}.{key}": value
+        for part, network in parts.items()
+        for key, value in network.state_dict().items()
+        if key.endswith(".weight") and value.ndim > 1
+    }
+
+
+def _check_file(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: a file of weights is written as .safetensors; name it so")
+
+
+def _refuse_part(place: Path, part: str, allowed: str, to: str) -> None:
+    if part and part != allowed:
+        raise ValueError(
+            f"{place}: part {part!r} does not go with {to!r}" + (f"; choose {allowed!r}" if allowed else "")
+        )

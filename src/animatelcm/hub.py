@@ -1,0 +1,73 @@
+"""Where weights lie: the embedded bundle, a path, or the Hugging Face hub and its local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion_adapter*", "loras", "styles")
+MODEL_FILES = ["*.json", *(f"{folder}/*" for folder in FOLDERS)]
+MOTION_FILES = ["config.json", "diffusion_pytorch_model*"]
+OTHER_COPIES = ["*.non_ema.*", "*.fp16.*", "*.msgpack", "*.onnx*", "*.h5", "*.xml"]
+PICKLES = ["*.bin", "*.ckpt", "*.pt", "*.pth"]
+SITES = ("https://huggingface.co/", "https://hf.co/")
+
+
+def find(source: str | Path, files: list[str] = MODEL_FILES) -> Path:
+    """The folder or file of a source, fetched into the local cache if need be (``HF_HUB_OFFLINE`` is honoured).
+
+    A source is "emoji" (embedded), a path, a hub id ``owner/name`` (the repository's ``files``, safetensors where it
+    has them), or one file of a repository: ``owner/name/path/file.safetensors``, or its page's address. Raises
+    ValueError naming the id and the file that are missing.
+    """
+    text = str(source)
+    if text == "emoji":
+        return ASSETS / "emoji" / "model"
+    if Path(text).exists():
+        return Path(text)
+    site = next((site for site in SITES if text.startswith(site)), "")
+    owner, _, rest = text.removeprefix(site).partition("/")
+    name, _, path = rest.partition("/")
+    if not owner or not name or text.startswith((".", "/", "~")) or (path and not path.endswith(WEIGHT_SUFFIXES)):
+        raise ValueError(
+            f"no model {text!r}: give 'emoji', an existing file or folder, a hub id such as 'owner/name', or a file "
+            "there such as 'owner/name/file.safetensors'"
+        )
+    revision = "main"
+    if site and path.startswith(("blob/", "resolve/")):
+        _, revision, path = path.split("/", 2)
+    return _file(f"{owner}/{name}", path, revision) if path else _repository(f"{owner}/{name}", files)
+
+
+def _file(repository: str, path: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, path, revision=revision))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"{path} of {repository!r} is neither in the local cache nor reachable; check both names and the network "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _repository(repository: str, files: list[str]) -> Path:
+    """A repository's files: safetensors, and pickles only of one that has nothing else."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=OTHER_COPIES + PICKLES))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=OTHER_COPIES))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"model {repository!r} is neither a folder, nor in the local cache, nor reachable ({_first_line(error)})"
+        ) from error
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

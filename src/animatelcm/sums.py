@@ -1,0 +1,144 @@
+"""From a description of weights to a model: a base, temporal layers, LoRAs, and the settings that come with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from animatelcm import networks
+from animatelcm.bundle import load
+from animatelcm.fusion import fuse
+from animatelcm.hub import MOTION_FILES, find
+from animatelcm.model import VideoModel
+from animatelcm.nets.motion import MotionConfig
+from animatelcm.request import ModelSource
+from animatelcm.schedule import NoiseSchedule
+from animatelcm.weights.families import Family, family_of
+from animatelcm.weights.files import read_header, read_metadata, read_state
+from animatelcm.weights.identify import identify
+from animatelcm.weights.motion import config as motion_settings
+from animatelcm.weights.motion import read_motion, weights_file
+
+LOG = logging.getLogger(__name__)
+FAST_LORAS = ("lcm-lora",)
+"""Families of LoRAs that change how a model is sampled."""
+
+
+def load_sum(
+    source: ModelSource,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    keep: bool = True,
+) -> VideoModel:
+    """The model that a source describes: base, temporal layers, LoRAs and acceleration at their scales.
+
+    Noise, grid, steps and guidance are those of the family that the files belong to, which is logged; the source's own
+    come before them. Without ``keep`` the sum cannot be taken apart, and a second copy of what it changes is saved.
+
+    Raises ValueError where a part is missing or does not fit, and where ``image_scale`` has nothing to scale.
+    """
+    model = load(source.model, dtype=dtype, teacher=source.teacher, image_scale=0.0)
+    if source.motion:
+        model = with_temporal_layers(model, find(source.motion, MOTION_FILES))
+    accelerated = bool(model.image_lora) and not source.teacher
+    if source.image_scale not in (0, 1) and not accelerated:
+        raise ValueError(f"image_scale={source.image_scale}: this model has no image acceleration; leave the scale out")
+    styles = [(_place(model, name), scale) for name, scale in source.styles()]
+    for style, _ in styles:
+        _settle(model, style)
+    _override(model, source)
+    model.to(device)
+    if styles or accelerated:
+        fuse(model, style=styles, image=source.image_scale if accelerated else None, keep=keep)
+    return model
+
+
+def _place(model: VideoModel, name: str) -> str | Path:
+    """A LoRA's file, fetched from the hub if need be; of the model's own styles the name."""
+    if name in model.styles or not (Path(name).is_file() or name.count("/") > 1):
+        return name
+    return find(name)
+
+
+def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
+    """The same model with the temporal layers of a file or a MotionAdapter's folder, and their family's settings.
+
+    It shares its spatial layers with ``model``. Raises ValueError where the layers were made for other widths.
+    """
+    found = read_motion(place)
+    widths = model.unet.config.block_out_channels
+    if found.channels != tuple(widths):
+        raise ValueError(
+            f"{place}: temporal layers for widths {found.channels}, and the model has {tuple(widths)}; "
+            "take those of its architecture"
+        )
+    said = _said(place)
+    config = MotionConfig.from_diffusers(motion_settings(found) | said.get("motion", {}))
+    spatial = {key: value for key, value in model.unet.state_dict().items() if "motion_modules" not in key}
+    unet = networks.unet(model.unet.config, config, spatial | found.state, model.unet.dtype, str(place))
+    model = replace(model, unet=unet, teacher_motion={}, facts=replace(model.facts, teacher={}))
+    if found.image_encoder:
+        LOG.info("%s: its image encoder is left out; it serves image-to-video only", place.name)
+    family = identify(read_header(weights_file(place))).family
+    if not family and not said and len(widths) == 4:
+        family = "animatediff-v2"
+        LOG.info("%s may be AnimateDiff's or AnimateLCM's, its layout does not say; it is taken for the former", place)
+    if family:
+        _adopt(model, family_of(family), place.name)
+    if said:
+        model.schedule = NoiseSchedule.from_diffusers(said["schedule"])
+        model.facts = replace(model.facts, **said["sampling"])
+        LOG.info("%s says of itself: %s", place.name, settings(model))
+    return model if model.facts.sampler == "lcm" else replace(model, image_lora={})
+
+
+def _said(place: Path) -> dict[str, Any]:
+    """What a file of our own says about itself (``conversion.convert``); empty for others."""
+    file = weights_file(place)
+    return json.loads(read_metadata(file).get("animatelcm", "{}")) if file.suffix == ".safetensors" else {}
+
+
+def _adopt(model: VideoModel, family: Family, name: str, *, noise: bool = True) -> None:
+    """Take over a family's settings, and say so; without ``noise`` the betas stay those of the temporal layers."""
+    if noise:
+        betas = {key: getattr(family, key) for key in ("beta_schedule", "beta_start", "beta_end")}
+        model.schedule = replace(model.schedule, **betas)
+    model.schedule = replace(model.schedule, solver_steps=family.solver_steps)
+    steps = {key: getattr(family, key) for key in ("num_inference_steps", "guidance_scale", "sampler")}
+    model.facts = replace(model.facts, **steps)
+    LOG.info("%s is %s: %s (%s)", name, family.title, settings(model), family.source)
+
+
+def _settle(model: VideoModel, style: str | Path) -> None:
+    """An acceleration among the LoRAs makes the model one of few steps; the noise stays the temporal layers' own."""
+    if not isinstance(style, Path) or model.facts.sampler == "lcm":
+        return
+    family = identify(read_header(style)).family
+    # Its layers are those of many a style; what few styles have is the alpha that LCM's training script leaves at 8.
+    alphas = {value.item() for value in read_state(style, lambda key: key.endswith(".alpha")).values()}
+    if family in FAST_LORAS and alphas == {8.0}:
+        _adopt(model, family_of(family), style.name, noise=False)
+
+
+def _override(model: VideoModel, source: ModelSource) -> None:
+    given = {"beta_schedule": source.beta_schedule, "solver_steps": source.solver_steps}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given:
+        model.schedule = replace(model.schedule, **given)
+        LOG.info("as asked: %s", settings(model))
+
+
+def settings(model: VideoModel) -> str:
+    """How a model will be sampled, in one line."""
+    schedule, facts = model.schedule, model.facts
+    betas = f"{schedule.beta_schedule} betas {schedule.beta_start:g} to {schedule.beta_end:g}"
+    return (
+        f"{betas}, grid of {schedule.solver_steps}, sampler {facts.sampler}, {facts.num_inference_steps} steps, "
+        f"guidance {facts.guidance_scale:g}"
+    )

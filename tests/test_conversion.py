@@ -1,0 +1,123 @@
+"""Every format that exists both ways goes there and back bit for bit, and stock diffusers reads what is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import MotionAdapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import standins
+from animatelcm.bundle import load
+from animatelcm.conversion import convert
+from animatelcm.request import ModelSource
+from animatelcm.sums import load_sum
+from animatelcm.weights.files import read_metadata, sha256
+
+
+def _same(one, two) -> bool:
+    one, two = load_file(one), load_file(two)
+    return one.keys() == two.keys() and all(
+        torch.equal(value, two[key]) and value.dtype == two[key].dtype for key, value in one.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shapes", [standins.animatelcm_t2v, standins.mm_v2, standins.mm_v1])
+def test_a_motion_module_goes_to_diffusers_and_back(tmp_path, shapes, dtype):
+    save_file(standins.fill(shapes(), dtype, seed=1), tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "one.safetensors", to="animatediff", dtype=dtype)
+    convert(tmp_path / "one.safetensors", tmp_path / "folder", to="diffusers", dtype=dtype)
+    convert(tmp_path / "folder", tmp_path / "two.safetensors", to="animatediff", dtype=dtype)
+    assert _same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert not any("pe" in key.replace("temporal", "") for key in load_file(tmp_path / "two.safetensors"))
+    adapter = MotionAdapter.from_pretrained(tmp_path / "folder", torch_dtype=dtype)
+    assert adapter.config.block_out_channels == list(standins.SMALL)
+
+
+def test_an_image_encoder_stays_with_its_motion_module(tmp_path):
+    save_file(standins.fill(standins.animatelcm_i2v(), seed=1), tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to="animatediff", dtype=torch.float32)
+    assert _same(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="no place for an image encoder"):
+        convert(tmp_path / "in.safetensors", tmp_path / "folder", to="diffusers")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_the_embedded_model_gives_its_parts_and_takes_them_again(tmp_path):
+    """Its motion module and its acceleration, as files for other tools, make it what it was."""
+    convert("emoji", tmp_path / "motion.safetensors", to="animatediff")
+    convert("emoji", tmp_path / "fast.safetensors", to="kohya")
+    convert("emoji", tmp_path / "teacher.safetensors", to="animatediff", part="teacher")
+    whole = load("emoji")
+    source = ModelSource(motion=str(tmp_path / "motion.safetensors"), image_scale=0.0)
+    parts = load_sum(ModelSource(**{**vars(source), "style": (str(tmp_path / "fast.safetensors"),)}))
+    assert parts.schedule == whole.schedule
+    assert parts.unet.motion == whole.unet.motion
+    assert all(torch.equal(value, parts.unet.state_dict()[key]) for key, value in whole.unet.state_dict().items())
+    teacher = load_sum(ModelSource(motion=str(tmp_path / "teacher.safetensors")))
+    expected = load("emoji", teacher=True)
+    assert all(torch.equal(v, teacher.unet.state_dict()[key]) for key, v in expected.unet.state_dict().items())
+    settings = ("num_inference_steps", "guidance_scale", "sampler")
+    assert all(getattr(teacher.facts, name) == getattr(expected.facts, name) for name in settings)
+
+
+@pytest.mark.parametrize("to", ["kohya", "peft"])
+def test_a_lora_goes_through_the_other_layout_and_back(tmp_path, to):
+    other = {"kohya": "peft", "peft": "kohya"}[to]
+    convert("emoji", tmp_path / "one.safetensors", to=to, part="twemoji")
+    convert(tmp_path / "one.safetensors", tmp_path / "between.safetensors", to=other)
+    convert(tmp_path / "between.safetensors", tmp_path / "two.safetensors", to=to)
+    assert _same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert read_metadata(tmp_path / "two.safetensors")["modelspec.architecture"] == "animatelcm-emoji/lora"
+
+
+def test_the_released_acceleration_is_known_as_stable_diffusions(tmp_path):
+    shapes = standins.lcm_lora((320, 640, 1280, 1280), 768, rank=1)
+    save_file(standins.fill(shapes, torch.float16), tmp_path / "in.safetensors")
+    made = convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to="peft")
+    assert read_metadata(made.path)["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert made.sha256 == sha256(made.path)
+    with safe_open(made.path, "pt") as file:
+        assert len(list(file.keys())) == 2 * 278
+
+
+def test_a_checkpoint_becomes_a_model_folder(tmp_path):
+    shapes = standins.ldm_checkpoint(text=64, layers=2)
+    save_file(standins.fill(shapes, torch.float16), tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "model", to="diffusers")
+    one, two = load(tmp_path / "in.safetensors"), load(tmp_path / "model")
+    for part, network in one.networks.items():
+        assert all(torch.equal(v, two.networks[part].state_dict()[key]) for key, v in network.state_dict().items())
+
+
+def test_a_few_step_model_for_diffusers_begins_with_its_scheduler(tmp_path):
+    convert("emoji", tmp_path / "model", to="diffusers")
+    scheduler = json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "LCMScheduler"
+    assert scheduler["original_inference_steps"] == load("emoji").schedule.solver_steps
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "part", "said"),
+    [
+        ("emoji", "kohya", "watercolour", "no style 'watercolour'"),
+        ("emoji", "animatediff", "twemoji", "part 'twemoji'"),
+        ("lora", "bundle", "", "is a LoRA"),
+        ("motion", "kohya", "", "is a motion module"),
+        ("other", "kohya", "", "converts into nothing"),
+    ],
+)
+def test_what_has_no_such_form_is_said(tmp_path, source, to, part, said):
+    save_file(standins.fill(standins.mm_v2()), tmp_path / "motion")
+    save_file(standins.fill(standins.lcm_lora()), tmp_path / "lora")
+    save_file({"x": torch.ones(1)}, tmp_path / "other")
+    for name in ("motion", "lora", "other"):
+        (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+    place = source if source == "emoji" else tmp_path / f"{source}.safetensors"
+    with pytest.raises(ValueError, match=said):
+        convert(place, tmp_path / "out.safetensors", to=to, part=part)
+    assert not (tmp_path / "out.safetensors").exists()

@@ -1,0 +1,200 @@
+"""Community files added up, against diffusers' own pipelines on the same files."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    LCMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import standins
+from animatelcm import Pipeline
+from animatelcm.bundle import ASSETS
+from animatelcm.nets import sd15
+from animatelcm.networks import clip_tokenizer
+from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.rng import generator
+from animatelcm.sampling import sample_steps
+from animatelcm.schedule import NoiseSchedule
+from animatelcm.sums import load_sum, with_temporal_layers
+
+TEXT = 64
+REQUEST = SampleRequest(prompt="a cat on a roof", num_frames=4, width=64, height=64, seed=5)
+
+
+def _lively(state):
+    """Numbers as a fresh network has them, so that every layer acts: 0.02 everywhere would vanish on the way."""
+    source = torch.Generator().manual_seed(1)
+    lively = {}
+    for key, value in state.items():
+        noise = torch.randn(value.shape, generator=source)
+        if value.ndim == 1 and key.endswith(".weight"):  # of a norm
+            value = 1 + 0.1 * noise
+        elif value.ndim > 1 and "pe" not in key.split(".")[-1] and "position_ids" not in key:
+            value = noise / value[0].numel() ** 0.5
+        lively[key] = value
+    return lively
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base, an AnimateLCM motion module and its acceleration, shrunken, in the published layouts."""
+    folder = tmp_path_factory.mktemp("files")
+    base = standins.fill(standins.ldm_checkpoint(text=TEXT, layers=2), seed=1)
+    save_file(_lively(base), folder / "base.safetensors")
+    torch.save(_lively(standins.fill(standins.animatelcm_t2v(), seed=2)), folder / "motion.ckpt")
+    save_file(standins.fill(standins.lcm_lora(text=TEXT), seed=3), folder / "fast.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(files, tmp_path_factory):
+    """diffusers' AnimateDiffPipeline from the same three files."""
+    configs = tmp_path_factory.mktemp("configs")
+    text = {**sd15.TEXT, "hidden_size": TEXT, "intermediate_size": 4 * TEXT}
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**{**sd15.VAE, "block_out_channels": standins.SMALL}),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**{**text, "num_hidden_layers": 2, "num_attention_heads": 1})),
+        tokenizer=clip_tokenizer(ASSETS / "sd15" / "merges.txt", sd15.TOKENS),
+        unet=UNet2DConditionModel(block_out_channels=standins.SMALL, cross_attention_dim=TEXT),
+        scheduler=LCMScheduler.from_config(
+            NoiseSchedule(beta_schedule="linear", solver_steps=100).to_diffusers("LCMScheduler")
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+    ).save_pretrained(configs)
+    adapter = MotionAdapter(block_out_channels=standins.SMALL, motion_max_seq_length=64)
+    adapter.save_pretrained(configs / "motion")
+    adapter = MotionAdapter.from_single_file(str(files / "motion.ckpt"), config=str(configs / "motion"))
+    base = StableDiffusionPipeline.from_single_file(str(files / "base.safetensors"), config=str(configs))
+    pipeline = AnimateDiffPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        unet=base.unet,
+        motion_adapter=adapter,
+        scheduler=LCMScheduler.from_pretrained(configs / "scheduler"),
+    )
+    pipeline.load_lora_weights(str(files / "fast.safetensors"), adapter_name="fast")
+    pipeline.set_adapters(["fast"], [0.8])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _ours(files, norm: str = "per_frame"):
+    pipeline = Pipeline.from_pretrained(
+        files / "base.safetensors", motion=files / "motion.ckpt", loras=[(files / "fast.safetensors", 0.8)]
+    )
+    for module in pipeline.model.unet.modules():
+        if hasattr(module, "joint"):
+            module.joint = norm == "joint"
+    return pipeline
+
+
+def _frames(pipeline) -> torch.Tensor:
+    """(F, 3, H, W) in [0, 1], before they are rounded to whole numbers."""
+    *_, last = sample_steps(pipeline.model, REQUEST)
+    with torch.inference_mode():
+        latents = last.latents[0].transpose(0, 1) / pipeline.model.vae.config.scaling_factor
+        return (pipeline.model.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+
+
+def test_four_steps_are_diffusers_four_steps(files, theirs, monkeypatch):
+    noises = [
+        torch.randn((1, 4, 4, 8, 8), generator=generator(REQUEST.seed, step, 0, "latents")) for step in (0, 1, 2, 3)
+    ]
+    later = iter(noises[1:])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(later))
+    made = theirs(
+        REQUEST.prompt,
+        num_frames=4,
+        width=64,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        latents=noises[0].clone(),
+        output_type="pt",
+    ).frames[0]
+    joint, per_frame = _frames(_ours(files, "joint")), _frames(_ours(files))
+    assert made.std() > 0.05
+    assert (joint - made).abs().max() < 1e-3
+    # What diffusers' norm over all frames at once changes, on the same files: not to be overlooked.
+    assert (per_frame - made).abs().max() > 0.01
+
+
+def test_the_settings_come_with_the_files_and_are_told(files, caplog):
+    with caplog.at_level(logging.INFO, logger="animatelcm"):
+        model = _ours(files).model
+    assert (model.schedule.beta_schedule, model.schedule.solver_steps) == ("linear", 100)
+    assert (model.facts.sampler, model.facts.num_inference_steps, model.facts.guidance_scale) == ("lcm", 4, 1.0)
+    assert "motion.ckpt is AnimateLCM: linear betas" in caplog.text
+    asked = load_sum(
+        ModelSource(
+            model=str(files / "base.safetensors"),
+            motion=str(files / "motion.ckpt"),
+            beta_schedule="scaled_linear",
+            solver_steps=50,
+        )
+    )
+    assert (asked.schedule.beta_schedule, asked.schedule.solver_steps) == ("scaled_linear", 50)
+
+
+def test_an_acceleration_alone_makes_a_few_step_model_and_leaves_the_noise(files, tmp_path):
+    base = str(files / "base.safetensors")
+    model = load_sum(ModelSource(model=base, style=(str(files / "fast.safetensors"),)))
+    assert (model.facts.sampler, model.facts.num_inference_steps) == ("lcm", 4)
+    assert (model.schedule.beta_schedule, model.schedule.solver_steps) == ("scaled_linear", 50)
+    style = standins.fill(standins.lcm_lora(text=TEXT), seed=3)
+    style = {key: torch.tensor(32.0) if key.endswith(".alpha") else value for key, value in style.items()}
+    save_file(style, tmp_path / "style.safetensors")
+    model = load_sum(ModelSource(model=base, style=(str(tmp_path / "style.safetensors"),)))
+    assert model.facts.sampler == "ddim"
+
+
+def test_a_motion_lora_is_added_to_the_temporal_layers(files, tmp_path):
+    lora = standins.fill(standins.motion_lora(rank=4), seed=4)
+    torch.save(lora, tmp_path / "pan.ckpt")
+    base, motion = str(files / "base.safetensors"), str(files / "motion.ckpt")
+    plain = load_sum(ModelSource(model=base, motion=motion)).unet.state_dict()
+    moved = load_sum(ModelSource(model=base, motion=motion, style=(f"{tmp_path / 'pan.ckpt'}:0.5",))).unet.state_dict()
+    key = "down_blocks.0.motion_modules.1.transformer_blocks.0.attn2.to_q"
+    theirs = (
+        "down_blocks.0.motion_modules.1.temporal_transformer.transformer_blocks.0.attention_blocks.1"
+        ".processor.to_q_lora."
+    )
+    delta = lora[theirs + "up.weight"] @ lora[theirs + "down.weight"]
+    assert torch.allclose(moved[f"{key}.weight"], plain[f"{key}.weight"] + 0.5 * delta, atol=1e-6)
+    changed = {name for name, value in plain.items() if not torch.equal(value, moved[name])}
+    assert len(changed) == 168
+    with pytest.raises(ValueError, match=r"pan\.ckpt.*temporal"):
+        load_sum(ModelSource(model=base, style=(str(tmp_path / "pan.ckpt"),)))
+
+
+def test_temporal_layers_of_another_width_are_refused(files, tmp_path):
+    save_file(standins.fill(standins.animatelcm_t2v((32, 64, 64, 64))), tmp_path / "thin.safetensors")
+    model = load_sum(ModelSource(model=str(files / "base.safetensors")))
+    with pytest.raises(ValueError, match=r"thin\.safetensors.*32, 64, 64, 64.*32, 64, 128, 128"):
+        with_temporal_layers(model, tmp_path / "thin.safetensors")
+
+
+def test_a_sum_that_keeps_nothing_is_the_same_sum(files):
+    source = ModelSource(
+        model=str(files / "base.safetensors"),
+        motion=str(files / "motion.ckpt"),
+        style=(str(files / "fast.safetensors"),),
+    )
+    kept, bare = load_sum(source), load_sum(source, keep=False)
+    assert kept.kept
+    assert not bare.kept
+    for part, network in kept.networks.items():
+        assert all(torch.equal(v, bare.networks[part].state_dict()[key]) for key, v in network.state_dict().items())
