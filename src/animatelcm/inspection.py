@@ -8,26 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from animatelcm import video
-from animatelcm.bundle import FACTS_FILE, IMAGE_LORA, find
-from animatelcm.weights.files import read_header, read_metadata
+from animatelcm.bundle import FACTS_FILE, IMAGE_LORA
+from animatelcm.hub import WEIGHT_SUFFIXES, find
+from animatelcm.weights.families import FAMILIES, Family
+from animatelcm.weights.files import read_header, read_metadata, sha256
+from animatelcm.weights.identify import identify
 
 PARTS = ("unet", "motion_adapter", "vae", "text_encoder")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Facts about a bundle's folder (or "emoji"), a .safetensors file or a video, ready for JSON.
+    """Facts about a bundle's folder (or "emoji"), a file of weights or a video, ready for JSON.
 
     Raises ValueError where a path is none of them.
     """
     path = Path(path)
     if str(path) == "emoji" or (path / "unet").is_dir():
         return _describe_bundle(find(str(path)))
-    if path.suffix == ".safetensors":
+    if path.suffix in WEIGHT_SUFFIXES:
         return _describe_weights(path)
     if path.suffix.lower() in video.VIDEO_SUFFIXES or path.is_dir():
         return _describe_video(path)
     raise ValueError(
-        f"{path} is neither a model folder, a .safetensors file nor a video ({', '.join(video.VIDEO_SUFFIXES)})"
+        f"{path} is neither a model folder, a file of weights ({', '.join(WEIGHT_SUFFIXES)}) nor a video "
+        f"({', '.join(video.VIDEO_SUFFIXES)})"
     )
 
 
@@ -67,17 +71,30 @@ def _count(folder: Path) -> int:
 
 
 def _describe_weights(path: Path) -> dict[str, Any]:
-    tensors = read_header(path)
+    kind = identify(header := read_header(path))
+    family = FAMILIES.get(kind.family)
     return {
-        "kind": "weights",
+        "kind": str(kind),
         "file": str(path),
-        "tensors": len(tensors),
-        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
-        "types": ", ".join(sorted({info.dtype for info in tensors.values()})),
+        "tensors": kind.tensors,
+        "parameters": kind.parameters,
+        "types": ", ".join(kind.types),
         "megabytes": round(path.stat().st_size / 1e6, 1),
-        "metadata": read_metadata(path),
-        "first": ", ".join(sorted(tensors)[:3]),
+        "sha256": sha256(path),
+        **({"settings": _settings(family), "settings from": family.source} if family else {}),
+        **({"metadata": read_metadata(path)} if path.suffix == ".safetensors" else {}),
+        "first": ", ".join(sorted(header)[:3]),
     }
+
+
+def _settings(family: Family) -> str:
+    """What a family recommends, in one line."""
+    scale = f", LoRA scale {family.lora_scale:g}" if family.lora_scale != 1 else ""
+    return (
+        f"{family.beta_schedule} betas to {family.beta_end:g}, sampler {family.sampler}, "
+        f"{family.num_inference_steps} steps on a grid of {family.solver_steps}, "
+        f"guidance {family.guidance_scale:g}{scale}"
+    )
 
 
 def _describe_video(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.weights.files import State, read_state
+from animatelcm.weights.files import State, check_finite, read_state
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -100,12 +100,13 @@ def filled(network: _Network, state: State, dtype: torch.dtype, where: str) -> _
     """The network with the tensors of ``state`` as its own, converted to ``dtype`` one by one; ``state`` is emptied.
 
     Nothing is copied that has the type already. Ready for inference: no gradients, evaluation mode. Raises ValueError
-    with ``where`` and the first key that is missing, surplus, or of another shape.
+    with ``where`` and the first key that is missing, surplus, of another shape, or not made of finite numbers.
     """
     wanted = {name: value.shape for name, value in network.state_dict().items()}
     for key in sorted(wanted.keys() | state.keys()):
         if problem := _problem(key, state, wanted):
             raise ValueError(f"{where}: {key} {problem}")
+    check_finite(state, Path(where))
     converted = {key: _converted(state.pop(key), dtype) for key in list(state)}
     network.load_state_dict(converted, assign=True)
     return network.eval().requires_grad_(False)

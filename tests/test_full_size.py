@@ -1,0 +1,121 @@
+"""Stable Diffusion 1.5, AnimateLCM and two LoRAs at their real size, with random numbers: memory, time, one step.
+
+``pytest -m slow tests/test_full_size.py -s`` prints the figures. It takes minutes, 10 GB of memory and 5 GB of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MotionAdapter
+from safetensors.torch import save_file
+
+import standins
+from animatelcm.bundle import load, save
+from animatelcm.nets import sd15
+
+WIDTHS = (320, 640, 1280, 1280)
+PARAMETERS = 859_520_964 + 83_653_863 + 123_060_480 + 453_209_280
+OURS = """
+import json, resource, sys, time
+import torch
+from animatelcm import Pipeline
+base, motion, fast, style = sys.argv[1:]
+began = time.perf_counter()
+pipe = Pipeline.from_pretrained(base, motion=motion, loras=[(fast, 0.8), (style, 0.5)], dtype=torch.float16, keep=False)
+seconds = time.perf_counter() - began
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+count = sum(p.numel() for net in pipe.model.networks.values() for p in net.parameters())
+print(json.dumps({"seconds": seconds, "peak": peak, "parameters": count}))
+"""
+THEIRS = """
+import json, resource, sys, time
+import torch
+began = time.perf_counter()
+from diffusers import AnimateDiffPipeline, LCMScheduler, MotionAdapter, StableDiffusionPipeline
+base, motion, fast, style, config = sys.argv[1:]
+half = {"torch_dtype": torch.float16}
+adapter = MotionAdapter.from_single_file(motion, config=config + "/motion", **half)
+image = StableDiffusionPipeline.from_single_file(base, config=config, **half)
+pipe = AnimateDiffPipeline(vae=image.vae, text_encoder=image.text_encoder, tokenizer=image.tokenizer, unet=image.unet,
+                           motion_adapter=adapter, scheduler=LCMScheduler())
+pipe.load_lora_weights(fast, adapter_name="fast")
+pipe.load_lora_weights(style, adapter_name="style")
+pipe.set_adapters(["fast", "style"], [0.8, 0.5])
+pipe.fuse_lora()
+pipe.unload_lora_weights()
+seconds = time.perf_counter() - began
+print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+FORWARD = """
+import json, sys, time
+import torch
+from animatelcm import Pipeline
+base, motion, fast, style = sys.argv[1:]
+pipe = Pipeline.from_pretrained(base, motion=motion, loras=[(fast, 0.8), (style, 0.5)], keep=False)
+began = time.perf_counter()
+(video,) = pipe("a cat", num_frames=2, num_inference_steps=1)
+print(json.dumps({"seconds": time.perf_counter() - began, "shape": video.frames.shape}))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    shapes = {
+        "base": standins.ldm_checkpoint(WIDTHS, standins.VAE, standins.TEXT),
+        "motion": standins.animatelcm_t2v(WIDTHS),
+        "fast": standins.lcm_lora(WIDTHS, standins.TEXT),
+        "style": standins.lcm_lora(WIDTHS, standins.TEXT, rank=32),
+    }
+    paths = []
+    for seed, (name, part) in enumerate(shapes.items()):
+        paths.append(str(folder / f"{name}.safetensors"))
+        save_file(standins.fill(part, torch.float16, seed=seed), paths[-1])
+    return paths
+
+
+def _settings(folder: Path) -> Path:
+    """A diffusers folder without weights, which its loaders of single files want beside them."""
+    save_file(standins.fill(standins.ldm_checkpoint(text=64, layers=2)), folder / "tiny.safetensors")
+    save(load(folder / "tiny.safetensors"), folder / "settings")
+    sizes = {
+        "unet": {"block_out_channels": WIDTHS, "cross_attention_dim": standins.TEXT},
+        "vae": {"block_out_channels": standins.VAE},
+        "text_encoder": sd15.TEXT,
+    }
+    for part, changed in sizes.items():
+        path = folder / "settings" / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with torch.device("meta"):
+        MotionAdapter(block_out_channels=WIDTHS, motion_max_seq_length=64).save_config(folder / "settings" / "motion")
+    return folder / "settings"
+
+
+def _run(script: str, *words: str) -> dict:
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_full_size_sum_loads_within_its_memory(files, tmp_path):
+    ours = _run(OURS, *files)
+    assert ours["parameters"] == PARAMETERS
+    sys.stdout.write(f"\nours: {ours}, {ours['peak'] / (2 * PARAMETERS):.2f} x the weights\n")
+    assert ours["peak"] <= 1.3 * 2 * PARAMETERS + 0.5e9
+
+    theirs = _run(THEIRS, *files, str(_settings(tmp_path)))
+    sys.stdout.write(f"diffusers: {theirs}\n")
+
+
+@pytest.mark.slow
+def test_a_full_size_video_is_made_to_the_end(files):
+    made = _run(FORWARD, *files)
+    sys.stdout.write(f"\none step of two frames of 512 x 512: {made}\n")
+    assert made["shape"] == [2, 512, 512, 3]
