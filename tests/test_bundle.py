@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from animatelcm.assembly import load_sum
 from animatelcm.bundle import load, save
 from animatelcm.fusion import baked, base_state, fuse
 from animatelcm.hub import find
 from animatelcm.model import VideoModel
 from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
-from animatelcm.sums import load_sum
 from animatelcm.weights.files import State, read_safetensors
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import Lora, LoraLayer

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from animatelcm import objectives, recipes
+from animatelcm.assembly import load_sum
 from animatelcm.bundle import load, save
 from animatelcm.data.batches import draw_indices
 from animatelcm.nets.lora import layers
@@ -20,7 +21,6 @@ from animatelcm.rng import generator
 from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample
 from animatelcm.stages import named_trainable, starting_model
-from animatelcm.sums import load_sum
 from animatelcm.training import learning_rate, open_source, train
 
 STAGES = {

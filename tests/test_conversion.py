@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import standins
+from animatelcm.assembly import load_sum
 from animatelcm.bundle import load
 from animatelcm.conversion import convert
 from animatelcm.request import ModelSource
-from animatelcm.sums import load_sum
-from animatelcm.weights.files import read_metadata, sha256
+from animatelcm.weights.files import read_header, read_metadata, sha256
+from animatelcm.weights.identify import identify
 
 
 def _same(one, two) -> bool:
@@ -25,15 +28,31 @@ def _same(one, two) -> bool:
     )
 
 
+def _base(folder: Path) -> Path:
+    file = folder / "base.safetensors"
+    save_file(standins.fill(standins.ldm_checkpoint(text=64, layers=1), torch.float16), file)
+    return file
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shapes", [standins.animatelcm_t2v, standins.mm_v2, standins.mm_v1])
-def test_a_motion_module_goes_to_diffusers_and_back(tmp_path, shapes, dtype):
-    save_file(standins.fill(shapes(), dtype, seed=1), tmp_path / "in.safetensors")
-    convert(tmp_path / "in.safetensors", tmp_path / "one.safetensors", to="animatediff", dtype=dtype)
-    convert(tmp_path / "one.safetensors", tmp_path / "folder", to="diffusers", dtype=dtype)
-    convert(tmp_path / "folder", tmp_path / "two.safetensors", to="animatediff", dtype=dtype)
-    assert _same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
-    assert not any("pe" in key.replace("temporal", "") for key in load_file(tmp_path / "two.safetensors"))
+@pytest.mark.parametrize("name", ["animatelcm_t2v", "mm_v1", "mm_v2", "mm_v3"])
+def test_a_motion_module_goes_to_diffusers_and_back(tmp_path, name, dtype):
+    """Positions are what the tools tell AnimateDiff from AnimateLCM by: they stay, or stay away."""
+    state = standins.fill(getattr(standins, name)(), dtype, seed=1)
+    save_file(state, tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "folder", to="diffusers", dtype=dtype)
+    convert(tmp_path / "folder", tmp_path / "out.safetensors", to="animatediff", dtype=dtype)
+    weights = {key: value for key, value in state.items() if not key.endswith(".pe")}
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == state.keys()
+    assert all(torch.equal(value, out[key]) for key, value in weights.items())
+    assert all(torch.allclose(state[key], value, atol=1e-3) for key, value in out.items())
+    kinds = [identify(read_header(tmp_path / file)) for file in ("in.safetensors", "out.safetensors")]
+    assert kinds[0] == kinds[1]
+    source = ModelSource(model=str(_base(tmp_path)), motion=str(tmp_path / "in.safetensors"))
+    models = [load_sum(source), load_sum(replace(source, motion=str(tmp_path / "folder")))]
+    assert models[0].schedule == models[1].schedule
+    assert replace(models[0].facts, name="") == replace(models[1].facts, name="")
     adapter = MotionAdapter.from_pretrained(tmp_path / "folder", torch_dtype=dtype)
     assert adapter.config.block_out_channels == list(standins.SMALL)
 
@@ -121,3 +140,44 @@ def test_what_has_no_such_form_is_said(tmp_path, source, to, part, said):
     with pytest.raises(ValueError, match=said):
         convert(place, tmp_path / "out.safetensors", to=to, part=part)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_a_lora_says_of_itself_stays_with_it(tmp_path):
+    shapes = standins.lcm_lora((320, 640, 1280, 1280), 768, rank=1)
+    said = {"ss_tag_frequency": "{}", "modelspec.author": "someone", "sshs_model_hash": "old"}
+    save_file(standins.fill(shapes, torch.float16), tmp_path / "in.safetensors", metadata=said)
+    made = read_metadata(convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to="kohya").path)
+    assert (made["ss_tag_frequency"], made["modelspec.author"]) == ("{}", "someone")
+    assert made["sshs_model_hash"] != "old"
+
+
+def test_only_a_models_folder_is_replaced(tmp_path):
+    mine = tmp_path / "models" / "precious.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    save_file(standins.fill(standins.mm_v2()), tmp_path / "in.safetensors")
+    for out in (mine.parent, mine):
+        with pytest.raises(ValueError, match="is no model folder"):
+            convert(tmp_path / "in.safetensors", out, to="diffusers")
+    assert mine.read_text() == "years of work"
+    convert(tmp_path / "in.safetensors", tmp_path / "adapter", to="diffusers")
+    convert(tmp_path / "in.safetensors", tmp_path / "adapter", to="diffusers")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"motion": {"motion_max_seq_length": 100000000}}',
+        '{"noise": {"beta_schedule": "steep"}}',
+        '{"noise": {"solver_steps": true}}',
+        '{"sampling": {"num_inference_steps": "many"}}',
+        '{"sampling": 3}',
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, said):
+    save_file(standins.fill(standins.mm_v2()), tmp_path / "in.safetensors", metadata={"animatelcm": said})
+    with pytest.raises(ValueError, match=r"in\.safetensors.*damaged"):
+        load_sum(ModelSource(model=str(_base(tmp_path)), motion=str(tmp_path / "in.safetensors")))

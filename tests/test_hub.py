@@ -42,7 +42,7 @@ def test_one_file_of_a_repository_is_found_by_name_and_by_address(cache):
     for source in (
         "owner/lora/deep/fast.safetensors",
         "https://huggingface.co/owner/lora/blob/main/deep/fast.safetensors",
-        "https://huggingface.co/owner/lora/resolve/main/deep/fast.safetensors",
+        "https://huggingface.co/owner/lora/resolve/main/deep/fast.safetensors?download=true",
     ):
         assert find(source) == snapshot / "deep" / "fast.safetensors"
     assert find("owner/lora/AnimateLCM_sd15_t2v.ckpt").read_text() == "AnimateLCM_sd15_t2v.ckpt"
@@ -62,6 +62,8 @@ def test_temporal_layers_of_a_repository_are_found(cache):
         ("./no/such/folder", ["./no/such/folder"]),
         ("/no/such/file.safetensors", ["/no/such/file.safetensors"]),
         ("nothing", ["nothing"]),
+        ("models/mistyped.ckpt", ["models/mistyped.ckpt", "existing file"]),
+        ("https://huggingface.co/owner/lora/blob/x.safetensors", ["owner/lora"]),
     ],
 )
 def test_what_is_missing_is_named(cache, source, named):

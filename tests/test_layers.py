@@ -13,7 +13,7 @@ ROOT = Path(animatelcm.__file__).parent
 ROWS = [
     {"schedule", "solver", "consistency", "losses", "ema", "rng"},
     {"nets", "weights", "data", "video", "images", "streams", "hub"},
-    {"config", "request", "model", "networks", "ldm", "fusion", "bundle", "sums", "miniature", "roles"},
+    {"config", "request", "model", "building", "ldm", "fusion", "bundle", "assembly", "miniature", "roles"},
     {"objectives", "sampling", "windows", "evaluate", "inspection", "conversion", "pipeline"},
     {"recipes", "checkpoint", "planning", "stages", "training", "log"},
     {"cli", "server", "ui", "cluster", "__main__"},

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import standins
+from animatelcm.building import clip_tokenizer
 from animatelcm.bundle import ASSETS, load, save
 from animatelcm.ldm import read_checkpoint
 from animatelcm.nets import sd15
-from animatelcm.networks import clip_tokenizer
 from animatelcm.schedule import NoiseSchedule
 
 TEXT = 64
@@ -87,6 +87,8 @@ def test_what_a_checkpoint_lacks_is_said(state, tmp_path):
         "Stable Diffusion 2": state | {"cond_stage_model.model.x": torch.ones(1)},
         "inpainting": state | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)},
     }
+    flat = state | {"model.diffusion_model.input_blocks.4.0.in_layers.2.weight": torch.ones(())}
+    cases |= {"another shape": flat, "tensors": state | {f"first_stage_model.{i}": torch.ones(1) for i in range(5000)}}
     for what, broken in cases.items():
         path = tmp_path / "broken.safetensors"
         save_file(broken, path)

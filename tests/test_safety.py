@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from animatelcm import Pipeline, load
+from animatelcm.assembly import load_sum
 from animatelcm.bundle import save
 from animatelcm.conversion import convert
 from animatelcm.fusion import fuse
 from animatelcm.inspection import describe
 from animatelcm.request import ModelSource
-from animatelcm.sums import load_sum
 
 
 class _Payload:

@@ -207,10 +207,15 @@ def test_kinds_layouts_and_families(shapes, kind, layout, family):
         (".lokr_w1", "LoKr"),
         (".lokr_w1_a", "LoKr"),
         (".dora_scale", "DoRA"),
-        (".lora_mid.weight", "LoCon with Tucker cores"),
+        (".lora_magnitude_vector", "DoRA"),
+        (".lora_magnitude_vector.style.weight", "DoRA"),
+        (".lora_mid.weight", "LoCon with a middle matrix (Tucker form)"),
         (".oft_blocks", "OFT"),
+        (".oft_diag", "OFT"),
         (".on_input", "IA3"),
-        (".diff", "full differences"),
+        *((f".{name}.weight", "GLoRA") for name in ("a1", "a2", "b1", "b2")),
+        (".diff", "full differences of weights"),
+        (".diff_b", "full differences of weights"),
     ],
 )
 @pytest.mark.parametrize("beside", [{}, PAIR], ids=["alone", "beside a plain layer"])
@@ -267,10 +272,28 @@ def test_files_are_identified_by_their_headers(name, tmp_path):
     assert (found.family, found.types) == ("animatelcm-i2v", ("F16",))
 
 
-def test_a_hundred_thousand_tensors_take_less_than_a_second():
+@pytest.mark.parametrize("end", [".lora_A.style.weight", ".lora_A.0.weight", ".lora_A.default.weight"])
+def test_an_adapter_in_peft_may_have_any_name(end):
+    stem = f"unet.{PROCESSOR}".replace("attn1.processor.to_q_lora", "attn2.to_k")
+    found = what({f"{stem}{end}": (4, 768), f"{stem}{end.replace('_A', '_B')}": (32, 4)})
+    assert (found.kind, found.layout, found.modules, found.ranks, found.text_width) == ("lora", "peft", 1, (4,), 768)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{key}.{i}",
+        "{i}.{key}",
+        "unet.{key}.lora_A.adapter{i}.weight",
+        "unet.{key}.lora_B.adapter{i}.weight",
+        "lora.{key}.attn2.to_k.{i}.weight",
+        "{key}.lora.lora_A.lora.lora_B.{i}.weight",
+    ],
+)
+def test_a_hundred_thousand_tensors_take_less_than_a_second(spelling):
     blocks = [standins.lcm_lora(), standins.mm_v2(), standins.ldm_unet()]
     keys = [key for shapes in blocks for key in shapes]
-    many = {f"{keys[i % len(keys)]}.{i}": TensorInfo((4, 32), "F16") for i in range(100_000)}
+    many = {spelling.format(key=keys[i % len(keys)], i=i): TensorInfo((4, 32), "F16") for i in range(100_000)}
     before = time.process_time()
     found = identify(many)
     assert time.process_time() - before < 1

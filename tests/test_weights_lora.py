@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.files import read_metadata
 from animatelcm.weights.lora import Lora, LoraLayer, modelspec, read_lora, write_lora
+from animatelcm.weights.lora_peft import Pattern
 
 TINY = UNetConfig(
     block_out_channels=(16, 32),
@@ -194,14 +197,86 @@ def test_peft_keys_with_the_alpha_of_their_header(name, facts, alpha, tmp_path):
         '["unet.lora_alpha"]',
         '{"unet.lora_alpha": "eight"}',
         '{"unet.lora_alpha": Infinity}',
-        '{"unet.alpha_pattern": {"to_(q": 4}}',
+        '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+        '{"unet.lora_alpha": 1e300}',
+        '{"unet.lora_alpha": true}',
+        '{"unet.alpha_pattern": ["to_q"]}',
+        '{"unet.alpha_pattern": {"to_q": [1]}}',
+        json.dumps({"unet.alpha_pattern": {f"a{i}": 1 for i in range(10_001)}}),
+        "[" * 10**6,
+        '{"unet.alpha_pattern": ' + '{"to_q":' * 10**6,
     ],
+    ids=lambda facts: facts[:40],
 )
 def test_headers_that_would_be_misread_are_refused(facts, tmp_path):
     state = {f"{Q}.lora_A.weight": noise(2, 6), f"{Q}.lora_B.weight": noise(5, 2)}
     save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": facts})
     with pytest.raises(ValueError, match=r"x\.safetensors: its lora_adapter_metadata is damaged"):
         read_lora(tmp_path / "x.safetensors", MODULES)
+
+
+HOSTILE = ["((a|a)*)*b", "(.*.*.*)*x", "([a-z0-9_.]+)+!", "(.*)*$", "a{9999}{9999}", "(?:" * 10**4, "to_(q", "q+"]
+
+
+@pytest.mark.parametrize(
+    "pattern", [*HOSTILE, "a|b", "x.*y", ".*to_q.*", "^^a", "a$$", "\\d", "a\\", "\u0661", "a\n", "[q]"]
+)
+def test_patterns_that_are_more_than_a_name_are_refused(pattern, tmp_path):
+    state = {f"{Q}.lora_A.weight": noise(2, 6), f"{Q}.lora_B.weight": noise(5, 2)}
+    facts = json.dumps({"unet.alpha_pattern": {"to_k": 1, pattern: 4}})
+    save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": facts})
+    with pytest.raises(ValueError, match=r"x\.safetensors: its lora_adapter_metadata has the pattern") as caught:
+        read_lora(tmp_path / "x.safetensors", MODULES)
+    assert repr(pattern[:80]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["." * 10**5, "a." * 10**5, "\\." * 10**5, "to_q" + ".*" * 10**5, "to_q" * 10**5 + "("]
+)
+def test_long_patterns_take_no_time(pattern, tmp_path):
+    before = time.process_time()
+    found = Pattern.parse(pattern)
+    assert found is None or not found.fits(Q)
+    assert time.process_time() - before < 1
+
+
+NAMES = [
+    *(
+        "to_q",
+        "attn1.to_q",
+        "xattn1.to_q",
+        "attn1_to_q",
+        "a.attn1.to_q",
+        "a.battn1.to_q",
+        "a.attn1xto_q",
+        "a.attn1.to_q.0",
+    ),
+    *("mid_block.a.to_q", "b.mid_block.a", "mid_block", "mid_blocks.a", "a-b.to_q", "to_q.", "", "a", "."),
+]
+"""Of modules, as near to each other as can be."""
+CORES = ["to_q", "attn1.to_q", r"attn1\.to_q", "mid_block", r"a\-b.to_q", "a-b", r"\.to_q", ".to_q", "q", "", ".", "a."]
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("end", ["", "$", ".*", ".*$"])
+@pytest.mark.parametrize("begin", ["", "^", ".*", "^.*"])
+def test_patterns_fit_what_they_fit_in_peft(begin, core, end):
+    pytest.importorskip("peft")
+    from peft.utils.other import get_pattern_key
+
+    text = begin + core + end
+    if (found := Pattern.parse(text)) is None:
+        assert "*" in begin
+        assert "*" in end
+        return
+    assert [found.fits(name) for name in NAMES] == [get_pattern_key([text], name) is text for name in NAMES]
+
+
+@given(st.text("ab.", max_size=6), st.text("ab.", max_size=4), st.sampled_from(["", "^", ".*"]), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_name_fits_as_python_s_expressions_do(name, core, begin, escaped):
+    text = begin + (core.replace(".", r"\.") if escaped else core)
+    assert Pattern.parse(text).fits(name) == bool(re.match(rf"(.*\.)?({text})$", name))
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 2), (torch.tensor(8), 8), (torch.tensor([0.5]).half(), 0.5)])
@@ -230,6 +305,10 @@ NAN = torch.full((2, 6), math.nan)
         ({f"{Q}.lora_B.weight": noise(5, 2)}, None, "no lora_A.weight beside it"),
         ({"lora_unet_mid_block_resnets_0_conv1.alpha": noise(1)}, None, "no factors beside it"),
         ({f"{KOHYA_Q}.alpha": noise(2)}, None, "one number"),
+        ({f"{KOHYA_Q}.alpha": torch.tensor([8, 8])}, None, "one number"),
+        ({f"{KOHYA_Q}.alpha": noise(0)}, None, "one number"),
+        ({f"{KOHYA_Q}.alpha": torch.tensor(True)}, None, "a real number"),
+        ({f"{KOHYA_Q}.alpha": torch.tensor(8j)}, None, "a real number"),
         ({f"{KOHYA_Q}.alpha": torch.tensor(math.inf)}, None, "not finite"),
         ({DOWN: NAN}, None, "not finite"),
         ({UP: torch.full((5, 2), math.inf).half()}, None, "not finite"),

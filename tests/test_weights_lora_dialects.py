@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig
-from animatelcm.weights.files import read_metadata
+from animatelcm.weights.files import read_header, read_metadata
+from animatelcm.weights.identify import identify
 from animatelcm.weights.lora import read_lora, write_lora
 from lora_files import (
     DIALECTS,
@@ -47,6 +48,17 @@ def base() -> Weights:
     with torch.device("meta"):
         texts = CLIPTextModel(text).state_dict()
         return unet_weights(config=unet) | {f"text_encoder.{name}": value for name, value in texts.items()}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_is_read_is_identified(dialect, base, tmp_path):
+    lora = drawn(base, chosen(base), alpha=lambda i, rank: rank)
+    save_file(spelled(lora, dialect), tmp_path / "x.safetensors")
+    found = identify(read_header(tmp_path / "x.safetensors"))
+    assert (found.kind, found.modules, found.ranks, found.method) == ("lora", len(lora), (2, 3, 4), "")
+    word = "kohya" if dialect.startswith(("kohya", "ComfyUI")) else "peft" if "PEFT" in dialect else "old-diffusers"
+    assert found.layout == word
+    assert found.text_width == 12
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".bin"])
@@ -208,6 +220,9 @@ def test_other_kinds_of_networks_are_refused_by_name(kind, keys, tmp_path):
     save_file({f"{stem}.{key}": torch.ones(1, 1) + i for i, key in enumerate(keys)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=rf"x\.safetensors: {stem}\.{re.escape(keys[0])} .*{kind}.*; \w+"):
         read_lora(tmp_path / "x.safetensors", sd15())
+    found = identify(read_header(tmp_path / "x.safetensors"))
+    assert (found.kind, found.layout) == ("lora", "lycoris")
+    assert kind in found.method
 
 
 @pytest.mark.parametrize("key", ["emb_params", "bundle_emb.cat.string_to_param.*"])

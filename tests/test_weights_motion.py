@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import standins
-from animatelcm.nets.motion import MotionConfig
+from animatelcm.nets.motion import MotionConfig, sinusoid
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.files import State, read_metadata
 from animatelcm.weights.keys import Structure, motion_shapes, to_diffusers
-from animatelcm.weights.motion import MotionFile, config, motion_modelspec, read_motion, sinusoid, write_motion
+from animatelcm.weights.motion import MotionFile, config, motion_modelspec, read_motion, write_motion
 
 SMALL = (32, 32, 64, 32)
 TINY = (32, 64)
@@ -223,6 +223,110 @@ def test_what_is_wrong_with_a_file_is_named(changes, key, reason, tmp_path):
         read_motion(path)
     assert str(caught.value).startswith(f"{path}: {key or ''}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "down_blocks.8.motion_modules.0.temporal_transformer.norm.weight",
+        "down_blocks.0.motion_modules.8.temporal_transformer.norm.weight",
+        "up_blocks.0.motion_modules.9.temporal_transformer.norm.weight",
+        "up_blocks.08.motion_modules.0.temporal_transformer.norm.weight",
+        f"mid_block.motion_modules.{'9' * 5000}.temporal_transformer.norm.weight",
+        Q.replace("transformer_blocks.0", "transformer_blocks.8"),
+    ],
+)
+def test_numbers_of_blocks_and_modules_have_bounds(key, tmp_path):
+    """All that a file should hold is listed from these numbers, whose product has no bound of its own."""
+    others = [key.replace("8", f"9{i}") for i in range(3)]
+    state = standins.fill(standins.mm_v2(TINY)) | dict.fromkeys((key, *others), torch.ones(32))
+    path = standins.write(state, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="beyond the 8 levels") as caught:
+        read_motion(path)
+    assert str(caught.value).startswith(f"{path}: {key} ")
+
+
+def test_eight_levels_and_nine_modules_are_in_bounds(tmp_path):
+    state = standins.fill(standins.motion((32,) * 8, layers=8))
+    assert read_motion(standins.write(state, tmp_path / "x.ckpt")).structure == ((32,) * 8, 8, True, 1)
+
+
+@pytest.mark.parametrize("width", [0, 16_385])
+def test_channels_have_bounds(width, tmp_path):
+    key = "down_blocks.1.motion_modules.0.temporal_transformer.norm.weight"
+    path = standins.write(standins.fill(standins.mm_v2(TINY)) | {key: torch.ones(width)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=f"{key} is for {width} channels, expected 1 to 16384"):
+        read_motion(path)
+
+
+@pytest.mark.parametrize("latent", [0, 16_385])
+def test_an_image_encoder_s_latents_have_bounds(latent, tmp_path):
+    state = standins.fill(standins.animatelcm_i2v(TINY))
+    state["img_encoder.conv_in.weight"] = torch.ones(32, latent, 3, 3)
+    with pytest.raises(ValueError, match=f"img_encoder.conv_in.weight takes {latent} channels"):
+        read_motion(standins.write(state, tmp_path / "x.ckpt"))
+
+
+NUMBERS = {
+    "motion_max_seq_length": 1024,
+    "motion_transformer_layers_per_block": 8,
+    "motion_num_attention_heads": 128,
+    "motion_norm_num_groups": 1024,
+}
+"""Settings of a motion adapter, and the largest number that is read."""
+DEEP = json.loads("[" * 400 + "]" * 400)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, 10**8, 10**4000, True, None, 4.0, float("nan"), "8", "8" * 10**6, [], [8, 9], [[]], [{}], {}, {"a": 8}]
+    + [[10**8] * 4, [None], ["8"], [[8], [9]], [[[8]]], [True], DEEP, [DEEP, DEEP]],
+    ids=lambda value: str(type(value).__name__),
+)
+def test_any_number_of_a_config_is_in_bounds_or_a_value_error(key, value):
+    with pytest.raises(ValueError, match="motion") as caught:
+        MotionConfig.from_diffusers({key: value})
+    assert key in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(("key", "most"), NUMBERS.items())
+def test_the_bounds_of_a_config_are_what_they_say(key, most):
+    depth = {"motion_transformer_layers_per_mid_block": most} if "layers" in key else {}
+    assert most in vars(MotionConfig.from_diffusers({key: most} | depth)).values()
+    with pytest.raises(ValueError, match=f"{key}.* 1 to {most}"):
+        MotionConfig.from_diffusers({key: most + 1} | {name: most + 1 for name in depth})
+
+
+@pytest.mark.parametrize("key", ["motion_norm", "use_motion_mid_block"])
+@pytest.mark.parametrize(
+    "value", [None, 2, "yes", [], {}, DEEP, "joint" * 10**6], ids=lambda value: type(value).__name__
+)
+def test_any_word_of_a_config_is_known_or_a_value_error(key, value):
+    with pytest.raises(ValueError, match=key) as caught:
+        MotionConfig.from_diffusers({key: value})
+    assert len(str(caught.value)) < 300
+
+
+def test_a_folder_s_config_has_no_say_in_how_much_memory_is_taken(tmp_path):
+    """Without positions in the weights nothing contradicts the number of rows."""
+    adapter_folder(tmp_path)
+    weights, file = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    save_file({key: value for key, value in load_file(weights).items() if not key.endswith(".pe")}, weights)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"motion_max_seq_length": 10**8}))
+    with pytest.raises(ValueError, match=r"motion_max_seq_length\) is 100000000; give a whole number from 1 to 1024"):
+        MotionConfig.from_diffusers(config(read_motion(tmp_path)))
+
+
+@pytest.mark.parametrize("depth", [400, 10**6])
+def test_a_folder_s_config_of_lists_in_lists_is_refused(depth, tmp_path):
+    adapter_folder(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text('{"block_out_channels": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(ValueError, match="damaged|block_out_channels") as caught:
+        read_motion(tmp_path)
+    assert str(caught.value).startswith(f"{file}")
 
 
 @pytest.mark.parametrize("key", ["img_encoder.conv_in.weight", "img_encoder.body.2.block1.weight"])

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from animatelcm import networks
+from animatelcm import building
+from animatelcm.building import read_json, read_part
 from animatelcm.fusion import fuse
 from animatelcm.hub import ASSETS, find
 from animatelcm.ldm import read_checkpoint
@@ -26,10 +29,11 @@ from animatelcm.model import Facts, VideoModel
 from animatelcm.nets import sd15
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig
-from animatelcm.networks import read_json, read_part
 from animatelcm.schedule import NoiseSchedule, SchedulerClass
 from animatelcm.weights.files import State, write_safetensors
 from animatelcm.weights.lora import Lora, modelspec, read_lora, write_lora
+from animatelcm.weights.motion import config as motion_settings
+from animatelcm.weights.motion import read_motion
 
 FACTS_FILE = "animatelcm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -63,23 +67,41 @@ def save(
     What ``fusion.fuse`` added is left out where it can be added again: the base is written, and LoRAs beside it.
     ``fusion.baked`` makes a sum permanent. ``scheduler`` is the one that diffusers' pipelines begin with.
     """
-    folder = Path(folder)
+    with new_folder(Path(folder)) as unfinished:
+        _write_networks(model, unfinished, dtype)
+        _write_loras(model, unfinished, dtype)
+        model.tokenizer.save_pretrained(str(unfinished / "tokenizer"))
+        write_json(unfinished / "scheduler" / "scheduler_config.json", model.schedule.to_diffusers(scheduler))
+        write_json(unfinished / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler]})
+        write_json(unfinished / FACTS_FILE, asdict(model.facts))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets this name when all went well, and is gone when it did not.
+
+    It replaces a model's or a MotionAdapter's folder. Raises ValueError where the name belongs to anything else.
+    """
+    if folder.exists() and not _replaceable(folder):
+        raise ValueError(f"{folder} exists and is no model folder; choose another name, or move it away")
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    _write_networks(model, unfinished, dtype)
-    _write_loras(model, unfinished, dtype)
-    model.tokenizer.save_pretrained(str(unfinished / "tokenizer"))
-    _write_json(unfinished / "scheduler" / "scheduler_config.json", model.schedule.to_diffusers(scheduler))
-    _write_json(unfinished / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler]})
-    _write_json(unfinished / FACTS_FILE, asdict(model.facts))
-    put_folder(unfinished, folder)
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def put_folder(unfinished: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of one that has it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.replace(folder)
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if (folder / "model_index.json").is_file() or not any(folder.iterdir()):
+        return True
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("_class_name") == "MotionAdapter"
 
 
 def _write_networks(model: VideoModel, folder: Path, dtype: torch.dtype) -> None:
@@ -159,21 +181,22 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> VideoModel:
         )
     motion, temporal = None, {}
     if (folder / "motion_adapter" / "config.json").is_file():
-        motion, temporal = read_motion_adapter(folder / "motion_adapter")
+        found = read_motion(folder / "motion_adapter")
+        motion, temporal = MotionConfig.from_diffusers(motion_settings(found)), found.state
     state = read_part(folder / "unet", "diffusion_pytorch_model") | temporal
     config, text = folder / "unet" / "config.json", folder / "text_encoder"
     model = VideoModel(
-        unet=networks.unet(UNetConfig.from_diffusers(read_json(config)), motion, state, dtype, str(folder / "unet")),
-        vae=networks.autoencoder(
+        unet=building.unet(UNetConfig.from_diffusers(read_json(config)), motion, state, dtype, str(folder / "unet")),
+        vae=building.autoencoder(
             read_json(folder / "vae" / "config.json"),
             read_part(folder / "vae", "diffusion_pytorch_model"),
             dtype,
             str(folder / "vae"),
         ),
-        text_encoder=networks.text_encoder(read_json(text / "config.json"), _read_text_state(text), dtype, str(text)),
-        tokenizer=networks.tokenizer(folder / "tokenizer"),
+        text_encoder=building.text_encoder(read_json(text / "config.json"), _read_text_state(text), dtype, str(text)),
+        tokenizer=building.tokenizer(folder / "tokenizer"),
         schedule=NoiseSchedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json")),
-        facts=_load_facts(folder, name),
+        facts=read_facts_file(folder, name),
         teacher_motion=_teacher_motion(folder / "motion_adapter_teacher", dtype),
     )
     _read_loras(model, folder)
@@ -185,18 +208,18 @@ def _read_text_state(folder: Path) -> State:
 
 
 def _teacher_motion(folder: Path, dtype: torch.dtype) -> State:
-    state = read_motion_adapter(folder).state if folder.is_dir() else {}
+    state = read_motion(folder).state if folder.is_dir() else {}
     return {key: value.to(dtype) for key, value in state.items()}
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> VideoModel:
     """A single-file checkpoint, with CLIP's tokenizer and Stable Diffusion's noise."""
-    found = read_checkpoint(path)
+    found = read_checkpoint(path, dtype)
     return VideoModel(
-        unet=networks.unet(found.unet_config, None, found.unet, dtype, f"{path}: unet"),
-        vae=networks.autoencoder(found.vae_config, found.vae, dtype, f"{path}: vae"),
-        text_encoder=networks.text_encoder(found.text_config, found.text, dtype, f"{path}: text encoder"),
-        tokenizer=networks.clip_tokenizer(ASSETS / "sd15" / "merges.txt", sd15.TOKENS),
+        unet=building.unet(found.unet_config, None, found.unet, dtype, f"{path}: unet"),
+        vae=building.autoencoder(found.vae_config, found.vae, dtype, f"{path}: vae"),
+        text_encoder=building.text_encoder(found.text_config, found.text, dtype, f"{path}: text encoder"),
+        tokenizer=building.clip_tokenizer(ASSETS / "sd15" / "merges.txt", sd15.TOKENS),
         schedule=NoiseSchedule(beta_schedule="scaled_linear"),
         facts=Facts(name=path.stem),
     )
@@ -215,26 +238,8 @@ def _read_loras(model: VideoModel, folder: Path) -> None:
         model.styles[path.stem] = read_lora(path, model.modules())
 
 
-class MotionAdapter(NamedTuple):
-    """Temporal layers: their shape, and their weights by their names in ``unet``."""
-
-    config: MotionConfig
-    state: State
-
-
-def read_motion_adapter(folder: Path) -> MotionAdapter:
-    """Temporal layers from the folder of a diffusers ``MotionAdapter``, as stored; positions are regenerated.
-
-    Raises ValueError where there are none.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no MotionAdapter: config.json is missing; give a folder that diffusers saved")
-    state = read_part(folder, "diffusion_pytorch_model")
-    state = {key: value for key, value in state.items() if not key.endswith("pos_embed.pe")}
-    return MotionAdapter(MotionConfig.from_diffusers(read_json(folder / "config.json")), state)
-
-
-def _load_facts(folder: Path, name: str) -> Facts:
+def read_facts_file(folder: Path, name: str) -> Facts:
+    """What a bundle was made for; the defaults of its name where it does not say."""
     path = folder / FACTS_FILE
     return Facts(**read_json(path)) if path.is_file() else Facts(name=name)
 
@@ -243,7 +248,8 @@ def _plain_config(config: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' F
     return {key: value for key, value in dict(config).items() if not key.startswith("_") or key == "_class_name"}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Settings as JSON, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, default=list) + "\n", encoding="utf-8")
 
@@ -255,5 +261,5 @@ def _write_part(
     weights: str = WEIGHTS,
     config: str = "config.json",
 ) -> None:
-    _write_json(folder / config, facts)
+    write_json(folder / config, facts)
     write_safetensors(state, folder / weights)

@@ -94,7 +94,7 @@ class Fuse:
         from animatelcm.bundle import save
         from animatelcm.fusion import baked
 
-        save(baked(_load(self.source, "cpu")), self.out)
+        save(baked(_load(self.source, "cpu", keep=False)), self.out)
         _say(f"model in {self.out}")
 
 
@@ -311,8 +311,8 @@ def _told(*, quiet: bool) -> Iterator[None]:
 
 
 def _load(source: ModelSource, device: str, *, keep: bool = True) -> VideoModel:
+    from animatelcm.assembly import load_sum
     from animatelcm.sampling import best_device
-    from animatelcm.sums import load_sum
 
     return load_sum(source, device=best_device() if device == "auto" else device, keep=keep)
 

@@ -118,7 +118,7 @@ class TrainConfig:
     """What it starts from: "emoji", a bundle's folder, a hub id, or "new" for the miniature with random weights."""
     data: DataConfig = field(default_factory=DataConfig)
     motion: Path | None = None
-    """Temporal layers to begin with in place of the model's own: the folder of a diffusers MotionAdapter."""
+    """Temporal layers to begin with in place of the model's own: AnimateDiff's file, or a MotionAdapter's folder."""
     beta_schedule: Literal["linear", "scaled_linear"] | None = None
     """Noise to train under, where it is not the model's own: AnimateDiff's is linear, Stable Diffusion's is not."""
     lora: LoraConfig | None = None

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
-from animatelcm.bundle import FACTS_FILE, IMAGE_LORA, load, put_folder, read_motion_adapter, save
+from animatelcm.building import empty_weights, read_json
+from animatelcm.bundle import IMAGE_LORA, load, new_folder, read_facts_file, save, write_json
 from animatelcm.hub import find
 from animatelcm.ldm import is_checkpoint
-from animatelcm.model import Facts
 from animatelcm.nets import emoji, sd15
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.networks import empty_weights, read_json
 from animatelcm.request import Target
 from animatelcm.schedule import NoiseSchedule
+from animatelcm.weights.facts import MOTION, NOISE, SAMPLING, MotionFacts, read_facts
+from animatelcm.weights.families import family_of
 from animatelcm.weights.files import State, read_header, read_metadata, sha256
 from animatelcm.weights.fuse import check
 from animatelcm.weights.identify import identify
 from animatelcm.weights.lora import Lora, modelspec, read_lora, write_lora
-from animatelcm.weights.motion import MotionFile, motion_modelspec, read_motion, write_motion
+from animatelcm.weights.motion import Layout, MotionFile, motion_modelspec, read_motion, weights_file, write_motion
 from animatelcm.weights.motion import config as motion_settings
 
 LORA_KINDS = ("lora", "motion_lora")
+OF_THE_FILE = ("format", "lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Metadata that are true of one file only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +65,12 @@ def convert(
     if to not in get_args(Target):
         raise ValueError(f"to={to!r} is not one of {', '.join(get_args(Target))}")
     place = find(source)
-    if place.is_dir():
-        return (
-            _from_model(place, out, to, dtype, part)
-            if (place / "unet").is_dir()
-            else _from_motion(place, out, to, dtype)
-        )
-    header = read_header(place)
-    if is_checkpoint(header):
+    header = {} if place.is_dir() else read_header(place)
+    if (place / "unet").is_dir() or is_checkpoint(header):
         return _from_model(place, out, to, dtype, part)
+    _refuse_part(place, part, "", to)
+    if place.is_dir():
+        return _from_motion(place, out, to, dtype)
     kind = identify(header)
     if kind.kind in LORA_KINDS:
         return _from_lora(place, out, to, dtype)
@@ -104,86 +103,89 @@ def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> C
     folder = place / ("motion_adapter_teacher" if part else "motion_adapter")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{place} has no {folder.name}; take a model that has temporal layers")
-    motion, state = read_motion_adapter(folder)
-    widths = UNetConfig.from_diffusers(read_json(place / "unet" / "config.json"))
+    found = read_motion(folder)
     schedule = NoiseSchedule.from_diffusers(read_json(place / "scheduler" / "scheduler_config.json"))
-    facts = Facts(**read_json(place / FACTS_FILE)) if (place / FACTS_FILE).is_file() else Facts(name="")
+    facts = read_facts_file(place, str(place))
     facts = facts.of_teacher() if part else facts
-    said = {
-        "motion": motion.to_diffusers(widths),
-        "schedule": schedule.to_diffusers(),
-        "sampling": {key: getattr(facts, key) for key in ("num_inference_steps", "guidance_scale", "sampler")},
-    }
-    return _write_motion_file(out, state, {}, facts.name, dtype, said)
+    said = MotionFacts(
+        motion={key: value for key, value in motion_settings(found).items() if key in MOTION},
+        noise={key: getattr(schedule, key) for key in NOISE},
+        sampling={key: getattr(facts, key) for key in SAMPLING},
+        positions=facts.sampler != "lcm",
+    )
+    return _write_motion_file(out, found, dtype, said)
 
 
 def _from_motion(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Converted:
-    """A motion module in either of its two layouts."""
+    """A motion module in either of its two layouts, with what is known of it in the header."""
     found = read_motion(place)
+    said = read_facts(weights_file(place)) or _facts_of_family(found, place)
     if to == "animatediff":
-        return _write_motion_file(out, found.state, dict(found.image_encoder), "", dtype, _said(place))
+        return _write_motion_file(out, found, dtype, said)
     if to != "diffusers":
         raise ValueError(f"{place} is a motion module, which has no form {to!r}; choose animatediff or diffusers")
-    config = _said(place).get("motion") or motion_settings(found)
-    unfinished = out.with_name(out.name + ".partial")
-    write_motion(
-        found.state,
-        unfinished / "diffusion_pytorch_model.safetensors",
-        layout="diffusers",
-        dtype=dtype,
-        rows=int(config["motion_max_seq_length"]),
-        image_encoder=found.image_encoder,
-        metadata=motion_modelspec(title=out.stem, base=_base(found), layout="diffusers", date=date.today().isoformat()),
-    )
-    (unfinished / "config.json").write_text(
-        json.dumps({**config, "_class_name": "MotionAdapter"}, indent=2, default=list) + "\n", encoding="utf-8"
-    )
-    put_folder(unfinished, out)
+    config = motion_settings(found) | dict(said.motion)
+    with new_folder(out) as unfinished:
+        write_motion(
+            found.state,
+            unfinished / "diffusion_pytorch_model.safetensors",
+            layout="diffusers",
+            dtype=dtype,
+            rows=int(config["motion_max_seq_length"]),
+            image_encoder=found.image_encoder,
+            metadata=_modelspec(out, found, "diffusers") | said.to_metadata(),
+        )
+        write_json(unfinished / "config.json", {**config, "_class_name": "MotionAdapter"})
     return Converted(path=out, kind="MotionAdapter's folder")
 
 
-def _said(place: Path) -> dict[str, Any]:
-    if place.is_dir() or place.suffix != ".safetensors":
-        return {}
-    return json.loads(read_metadata(place).get("animatelcm", "{}"))
+def _facts_of_family(found: MotionFile, place: Path) -> MotionFacts:
+    """What a community file's family says, for the layout that cannot show it."""
+    name = identify(read_header(weights_file(place))).family
+    if not name:
+        return MotionFacts(positions=found.rows is not None)
+    family = family_of(name)
+    return MotionFacts(
+        noise={key: getattr(family, key) for key in NOISE},
+        sampling={key: getattr(family, key) for key in SAMPLING},
+        positions=found.rows is not None,
+    )
 
 
-def _base(found: MotionFile) -> str:
-    return "emoji" if found.channels == emoji.UNET["block_out_channels"] else "stable-diffusion-v1"
-
-
-def _write_motion_file(
-    out: Path,
-    state: dict[str, torch.Tensor],
-    encoder: dict[str, torch.Tensor],
-    base: str,
-    dtype: torch.dtype,
-    said: dict[str, Any],
-) -> Converted:
+def _write_motion_file(out: Path, found: MotionFile, dtype: torch.dtype, said: MotionFacts) -> Converted:
+    """In AnimateDiff's layout; without positions where the module is an AnimateLCM, which is known by that."""
     _check_file(out)
-    metadata = motion_modelspec(title=out.stem, base=base, layout="animatediff", date=date.today().isoformat())
-    metadata |= {"animatelcm": json.dumps(said, default=list)} if said else {}
-    write_motion(state, out, layout="animatediff", dtype=dtype, image_encoder=encoder, metadata=metadata)
+    rows = found.rows if said.positions else None
+    metadata = _modelspec(out, found, "animatediff") | said.to_metadata()
+    encoder = found.image_encoder
+    write_motion(
+        found.state, out, layout="animatediff", dtype=dtype, rows=rows, image_encoder=encoder, metadata=metadata
+    )
     return Converted(path=out, kind="motion module (AnimateDiff's keys)", sha256=sha256(out))
 
 
+def _modelspec(out: Path, found: MotionFile, layout: Layout) -> dict[str, str]:
+    base = "emoji" if found.channels == emoji.UNET["block_out_channels"] else "stable-diffusion-v1"
+    return motion_modelspec(title=out.stem, base=base, layout=layout, date=date.today().isoformat())
+
+
 def _from_lora(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Converted:
+    """A LoRA in another layout, with all that it says of itself; its hashes are those of the new file."""
     if to not in ("kohya", "peft", "animatediff"):
         raise ValueError(f"{place} is a LoRA, which has no form {to!r}; choose kohya, peft or animatediff")
     _check_file(out)
     lora, base = _read_any_lora(place)
     layer = next(iter(lora.values()))
-    metadata = read_metadata(place) if place.suffix == ".safetensors" else {}
-    kind = metadata.get("modelspec.category", "style")
+    said = {key: text for key, text in read_metadata(place).items() if key not in OF_THE_FILE}
     facts = modelspec(
-        title=metadata.get("modelspec.title", place.stem),
-        kind=kind,
+        title=said.get("modelspec.title", place.stem),
+        kind=said.get("modelspec.category", "style"),
         base=base,
         rank=layer.rank,
         alpha=layer.alpha,
-        date=metadata.get("modelspec.date", date.today().isoformat()),
+        date=said.get("modelspec.date", date.today().isoformat()),
     )
-    write_lora(lora, out, metadata=facts, dtype=dtype, layout=to)
+    write_lora(lora, out, metadata=facts | said, dtype=dtype, layout=to)
     return Converted(path=out, kind=f"LoRA ({to})", sha256=sha256(out))
 
 

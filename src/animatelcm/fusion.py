@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from animatelcm.model import VideoModel
-from animatelcm.weights.files import State, read_safetensors
+from animatelcm.weights.files import State
 from animatelcm.weights.fuse import check, sums
 from animatelcm.weights.lora import Lora, read_lora
+from animatelcm.weights.motion import read_motion
 
 Weighted = tuple[str | Path | Lora, float]
 """A LoRA and its scale: a file, a style of the model by its name, or a LoRA that is loaded already."""
@@ -106,7 +107,7 @@ def _motion(base: State, source: Path | State, gamma: float) -> State:
         raise ValueError(
             f"gamma={gamma} of temporal layers is no number to multiply by; 1 takes all of them, 0 nothing"
         )
-    state = source if isinstance(source, dict) else read_safetensors(Path(source))
+    state = source if isinstance(source, dict) else read_motion(Path(source)).state
     state = {f"unet.{key}": value for key, value in state.items() if not key.endswith("pos_embed.pe")}
     for key in sorted(state.keys() | {name for name in base if "motion_modules" in name}):
         if problem := _misfit(key, state, base):

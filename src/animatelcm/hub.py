@@ -9,7 +9,9 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion_adapter*", "loras", "styles")
 MODEL_FILES = ["*.json", *(f"{folder}/*" for folder in FOLDERS)]
 MOTION_FILES = ["config.json", "diffusion_pytorch_model*"]
-OTHER_COPIES = ["*.non_ema.*", "*.fp16.*", "*.msgpack", "*.onnx*", "*.h5", "*.xml"]
+LORA_FILES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+OTHER_COPIES = ["*.non_ema.*", "*.msgpack", "*.onnx*", "*.h5", "*.xml"]
+HALVES = ["*.fp16.*"]
 PICKLES = ["*.bin", "*.ckpt", "*.pt", "*.pth"]
 SITES = ("https://huggingface.co/", "https://hf.co/")
 
@@ -27,16 +29,17 @@ def find(source: str | Path, files: list[str] = MODEL_FILES) -> Path:
     if Path(text).exists():
         return Path(text)
     site = next((site for site in SITES if text.startswith(site)), "")
-    owner, _, rest = text.removeprefix(site).partition("/")
+    owner, _, rest = text.removeprefix(site).partition("?")[0].partition("/")
     name, _, path = rest.partition("/")
-    if not owner or not name or text.startswith((".", "/", "~")) or (path and not path.endswith(WEIGHT_SUFFIXES)):
+    revision = "main"
+    if site and path.startswith(("blob/", "resolve/")):
+        _, revision, path = (*path.split("/", 2), "")[:3]
+    whole = owner and name and not name.endswith(WEIGHT_SUFFIXES) and not text.startswith((".", "/", "~"))
+    if not whole or (path and not path.endswith(WEIGHT_SUFFIXES)):
         raise ValueError(
             f"no model {text!r}: give 'emoji', an existing file or folder, a hub id such as 'owner/name', or a file "
             "there such as 'owner/name/file.safetensors'"
         )
-    revision = "main"
-    if site and path.startswith(("blob/", "resolve/")):
-        _, revision, path = path.split("/", 2)
     return _file(f"{owner}/{name}", path, revision) if path else _repository(f"{owner}/{name}", files)
 
 
@@ -54,19 +57,26 @@ def _file(repository: str, path: str, revision: str) -> Path:
 
 
 def _repository(repository: str, files: list[str]) -> Path:
-    """A repository's files: safetensors, and pickles only of one that has nothing else."""
+    """A repository's files: full-precision safetensors where each of its folders has them, else all that it has."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=OTHER_COPIES + PICKLES))
-        if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=OTHER_COPIES))
+        for others in (OTHER_COPIES + HALVES + PICKLES, OTHER_COPIES + PICKLES, OTHER_COPIES):
+            folder = Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=others))
+            if _complete(folder):
+                break
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ValueError(
             f"model {repository!r} is neither a folder, nor in the local cache, nor reachable ({_first_line(error)})"
         ) from error
     return folder
+
+
+def _complete(folder: Path) -> bool:
+    """Whether every network's folder that has settings has weights too."""
+    places = [path.parent for path in folder.rglob("config.json")] or [folder]
+    return all(any(place.glob("*.safetensors")) for place in places)
 
 
 def _first_line(error: Exception) -> str:

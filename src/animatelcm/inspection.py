@@ -13,6 +13,7 @@ from animatelcm.hub import WEIGHT_SUFFIXES, find
 from animatelcm.weights.families import FAMILIES, Family
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
+from animatelcm.weights.motion import weights_file
 
 PARTS = ("unet", "motion_adapter", "vae", "text_encoder")
 
@@ -25,8 +26,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if str(path) == "emoji" or (path / "unet").is_dir():
         return _describe_bundle(find(str(path)))
-    if path.suffix in WEIGHT_SUFFIXES:
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
         return _describe_weights(path)
+    if (path / "config.json").is_file():
+        return _describe_weights(weights_file(path))
     if path.suffix.lower() in video.VIDEO_SUFFIXES or path.is_dir():
         return _describe_video(path)
     raise ValueError(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from animatelcm.nets import sd15
 from animatelcm.nets.unet import UNetConfig
 from animatelcm.weights.files import State, TensorInfo, read_header, read_state
@@ -26,10 +28,11 @@ class Checkpoint(NamedTuple):
     text: State
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, dtype: torch.dtype | None = None) -> Checkpoint:
     """The three networks of a .safetensors or .ckpt file; an averaged (EMA) copy of the UNet beside it is left out.
 
-    Widths are read off the tensors. Raises ValueError where the file is of another family, or lacks a part.
+    Each is rounded to ``dtype`` before the next one is read. Widths are read off the tensors. Raises ValueError where
+    the file is of another family, or lacks a part.
     """
     from diffusers.loaders.single_file_utils import (
         convert_ldm_clip_checkpoint,
@@ -43,11 +46,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     unet_config, vae_config, text_config = _unet_config(header), _vae_config(header), _text_config(header)
     return Checkpoint(
         unet_config,
-        _converted(path, UNET, lambda state: convert_ldm_unet_checkpoint(state, unet_config.to_diffusers())),
+        _converted(path, UNET, lambda state: convert_ldm_unet_checkpoint(state, unet_config.to_diffusers()), dtype),
         vae_config,
-        _converted(path, VAE, lambda state: convert_ldm_vae_checkpoint(state, vae_config)),
+        _converted(path, VAE, lambda state: convert_ldm_vae_checkpoint(state, vae_config), dtype),
         text_config,
-        _converted(path, TEXT, convert_ldm_clip_checkpoint),
+        _converted(path, TEXT, convert_ldm_clip_checkpoint, dtype),
     )
 
 
@@ -64,21 +67,27 @@ def _foreign(header: Mapping[str, TensorInfo]) -> str:
         return "is a Stable Diffusion XL checkpoint; only Stable Diffusion 1.x is supported"
     if any(key.startswith("cond_stage_model.model.") for key in header):
         return "is a Stable Diffusion 2 checkpoint; only Stable Diffusion 1.x is supported"
-    latents = header[f"{UNET}input_blocks.0.0.weight"].shape[1] if f"{UNET}input_blocks.0.0.weight" in header else 0
+    first = header.get(f"{UNET}input_blocks.0.0.weight")
+    latents = first.shape[1] if first is not None and len(first.shape) == 4 else 0
     if latents != 4:
         kind = "an inpainting model" if latents == 9 else "damaged or of another family"
         return f"is {kind}: its first layer takes {latents} channels, and a text-to-image model's takes 4"
     for part, prefix in {"autoencoder": VAE, "text encoder": TEXT}.items():
         if not any(key.startswith(prefix) for key in header):
             return f"holds no {part} ({prefix}*); take the model's complete file, or its diffusers folder"
-    missing = [key for key in _MEASURED if key not in header]
-    return f"lacks {missing[0]}; fetch it again, or take one of Stable Diffusion 1.x" if missing else ""
+    for key, dimensions in _MEASURED.items():
+        if key not in header or len(header[key].shape) != dimensions:
+            return f"lacks {key}, or has another shape for it; fetch it again, or take one of Stable Diffusion 1.x"
+    names = [key for key in header if key.startswith((UNET, VAE, TEXT))]
+    return f"has {len(names)} tensors, and Stable Diffusion 1.x about 1,100" if len(names) > MOST else ""
 
 
 _WIDTHS = [f"{UNET}input_blocks.{block}.0.in_layers.2.weight" for block in (1, 4, 7, 10)]
 _CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _VAE_WIDTHS = [f"{VAE}encoder.down.{level}.block.0.conv1.weight" for level in range(4)]
-_MEASURED = [*_WIDTHS, _CONTEXT, *_VAE_WIDTHS]
+_MEASURED = {**dict.fromkeys(_WIDTHS, 4), _CONTEXT: 2, **dict.fromkeys(_VAE_WIDTHS, 4)}
+"""Tensors whose shapes the settings are read off, and how many dimensions they have."""
+MOST = 5000
 
 
 def _unet_config(header: Mapping[str, TensorInfo]) -> UNetConfig:
@@ -98,11 +107,11 @@ def _text_config(header: Mapping[str, TensorInfo]) -> dict[str, Any]:
     sizes = {
         key.removeprefix(TEXT).removeprefix("text_model."): info.shape
         for key, info in header.items()
-        if key.startswith(TEXT)
+        if key.startswith(TEXT) and len(info.shape) == 2
     }
     words, width = sizes.get("embeddings.token_embedding.weight", (sd15.TEXT["vocab_size"], sd15.TEXT["hidden_size"]))
     inner, _ = sizes.get("encoder.layers.0.mlp.fc1.weight", (sd15.TEXT["intermediate_size"], width))
-    layers = {key.split(".")[2] for key in sizes if key.startswith("encoder.layers.")}
+    layers = {key.split(".")[2] for key in sizes if key.startswith("encoder.layers.")} or {"0"}
     found = {
         "vocab_size": words,
         "hidden_size": width,
@@ -113,10 +122,13 @@ def _text_config(header: Mapping[str, TensorInfo]) -> dict[str, Any]:
     return {**sd15.TEXT, **found}
 
 
-def _converted(path: Path, prefix: str, convert: Callable[[State], State]) -> State:
+def _converted(path: Path, prefix: str, convert: Callable[[State], State], dtype: torch.dtype | None) -> State:
     """One network's tensors by its new names. Raises ValueError naming a key that the conversion trips over."""
     state = read_state(path, names=lambda key: key.startswith(prefix))
+    for key in list(state) if dtype else ():
+        value = state.pop(key)
+        state[key] = value.to(dtype) if value.is_floating_point() else value
     try:
         return convert(state)
-    except KeyError as error:
-        raise ValueError(f"{path}: {prefix}* lacks {error.args[0]}; the file is incomplete, fetch it again") from error
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {prefix}* is incomplete or of another family ({error!r}); fetch it again") from error

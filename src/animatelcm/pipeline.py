@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from animatelcm.assembly import load_sum
 from animatelcm.model import VideoModel
 from animatelcm.request import ModelSource, SampleRequest, Video
 from animatelcm.sampling import sample
-from animatelcm.sums import load_sum
 
 
 class Pipeline:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from animatelcm import objectives
-from animatelcm.bundle import load, read_motion_adapter, write_named_lora
+from animatelcm.assembly import with_temporal_layers
+from animatelcm.bundle import load, write_named_lora
 from animatelcm.checkpoint import TrainState
 from animatelcm.config import TrainConfig
 from animatelcm.data.batches import ClipBatch
+from animatelcm.hub import MOTION_FILES, find
 from animatelcm.miniature import fresh
 from animatelcm.model import VideoModel, with_motion
 from animatelcm.nets import emoji as shapes
@@ -52,9 +54,7 @@ def starting_model(config: TrainConfig) -> VideoModel:
 def _with_temporal_layers(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The teacher's from a file if one is named, fresh ones where they are to learn from nothing."""
     if config.motion is not None:
-        adapter = read_motion_adapter(config.motion)
-        model = with_motion(model, adapter.config)
-        model.unet.load_state_dict(adapter.state, strict=False)
+        model = with_temporal_layers(model, find(config.motion, MOTION_FILES))
     if config.trainable != "motion" or model.unet.motion is not None:
         return model
     if config.objective == "consistency":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,14 @@ MAX_ROWS = 65_535
 
 NORMS = ("per_frame", "joint")
 
+LIMITS = {
+    "num_attention_heads": (128, "motion_num_attention_heads"),
+    "norm_num_groups": (1024, "motion_norm_num_groups"),
+    "max_frames": (1024, "motion_max_seq_length"),
+    "layers": (8, "motion_transformer_layers_per_block"),
+}
+"""The largest that a number may be, and what diffusers calls it; a stranger's config may ask for any."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MotionConfig:
@@ -37,13 +46,21 @@ class MotionConfig:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"motion norm {self.norm!r} is unknown; choose one of {', '.join(NORMS)}")
+            raise ValueError(f"motion norm {reprlib.repr(self.norm)} is unknown; choose one of {', '.join(NORMS)}")
+        if not isinstance(self.use_mid_block, bool):
+            said = reprlib.repr(self.use_mid_block)
+            raise ValueError(f"motion use_mid_block (use_motion_mid_block) is {said}; give true or false")
+        for name, (most, theirs) in LIMITS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                said = reprlib.repr(value)
+                raise ValueError(f"motion {name} ({theirs}) is {said}; give a whole number from 1 to {most}")
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> MotionConfig:
         """From a diffusers ``MotionAdapter``'s config; ``motion_norm`` is ours, and per frame where absent.
 
-        Raises ValueError naming a setting that differs from block to block or that is not supported.
+        Raises ValueError naming a setting that differs from block to block, that is not supported or out of bounds.
         """
         layers = _single(config, "motion_transformer_layers_per_block", 1)
         fixed = {
@@ -53,7 +70,7 @@ class MotionConfig:
         }
         for key, value in fixed.items():
             if (found := _single(config, key, value)) != value:
-                raise ValueError(f"motion adapter config: {key}={found!r} is not supported, only {value!r}")
+                raise ValueError(f"motion adapter config: {key}={reprlib.repr(found)} is not supported, only {value!r}")
         return cls(
             num_attention_heads=_single(config, "motion_num_attention_heads", 8),
             norm=config.get("motion_norm", "per_frame"),
@@ -81,13 +98,15 @@ class MotionConfig:
 
 
 def _single(config: Mapping[str, Any], key: str, default: int | None) -> Any:  # noqa: ANN401 - a JSON value
-    """The one value of a setting that diffusers allows to be a list with an entry for each block."""
+    """The one value of a setting that diffusers allows to be a list by blocks, of numbers or of lists by layers."""
     value = config.get(key, default)
     if not isinstance(value, list | tuple):
         return value
-    if len(set(map(str, value))) != 1:
-        raise ValueError(f"motion adapter config: {key}={value!r} is not supported; give one value for all blocks")
-    return _single({key: value[0]}, key, default)
+    flat = [each for row in value for each in (row if isinstance(row, list | tuple) else [row])]
+    if not flat or any(isinstance(each, list | tuple | dict) for each in flat) or any(x != flat[0] for x in flat):
+        said = reprlib.repr(value)
+        raise ValueError(f"motion adapter config: {key}={said} is not supported; give one value for all blocks")
+    return flat[0]
 
 
 def sinusoid(rows: int, channels: int) -> Tensor:

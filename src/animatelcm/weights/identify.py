@@ -10,6 +10,7 @@ from typing import Literal
 from animatelcm.weights.families import FAMILIES
 from animatelcm.weights.files import TensorInfo
 from animatelcm.weights.keys import MOTION, TEMPORAL, WRAPPED, is_positions
+from animatelcm.weights.lora_keys import dialect, method
 
 Kind = Literal[
     "checkpoint", "unet", "motion", "lora", "motion_lora", "vae", "text_encoder", "controlnet", "embedding", "unknown"
@@ -37,28 +38,6 @@ LAYOUT_WORDS: dict[Layout, str] = {
     "old-diffusers": "old diffusers",
     "lycoris": "LyCORIS",
 }
-DOWN: dict[str, Layout] = {
-    ".lora_down.weight": "kohya",
-    ".lora_A.weight": "peft",
-    ".lora_A.default.weight": "peft",
-    ".lora.down.weight": "old-diffusers",
-    "_lora.down.weight": "old-diffusers",
-    ".lora_linear_layer.down.weight": "old-diffusers",
-}
-"""How the down factor of a low-rank layer ends, by layout."""
-METHODS = {
-    ".hada_w1_a": "LoHa",
-    ".lokr_w1": "LoKr",
-    ".lokr_w1_a": "LoKr",
-    ".lora_mid.weight": "LoCon with Tucker cores",
-    ".dora_scale": "DoRA",
-    ".oft_blocks": "OFT",
-    ".oft_diag": "OFT",
-    ".on_input": "IA3",
-    ".a1.weight": "GLoRA",
-    ".diff": "full differences",
-}
-"""Changes of a weight that are no plain LoRA: how one of their tensors ends, and what they are called."""
 TEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 LCM_MODULES = 278
 """Layers of Stable Diffusion 1.5 that a latent consistency LoRA changes."""
@@ -124,15 +103,15 @@ def identify(header: Mapping[str, TensorInfo]) -> FileKind:
     """
     tensors = {key.removeprefix(WRAPPED): info for key, info in header.items()}
     heads = {key.partition(".")[0] for key in tensors}
-    downs = [key for key in tensors if key.endswith(tuple(DOWN))]
-    method = next((METHODS[end] for key in tensors if key.endswith(tuple(METHODS)) for end in _ends(key)), "")
+    downs = [key for key in tensors if dialect(key)]
+    other = next(filter(None, map(method, tensors)), "")
     motion = [key for key in tensors if MOTION in key]
     ranks = tuple(sorted({tensors[key].shape[0] for key in downs if tensors[key].shape}))
-    kind, layout = _lora_kind(downs, method) if downs or method else _kind(tensors.keys(), heads, motion)
+    kind, layout = _lora_kind(downs, other) if downs or other else _kind(tensors.keys(), heads, motion)
     found = FileKind(
         kind=kind,
         layout=layout,
-        method=method,
+        method=other,
         tensors=len(tensors),
         parameters=sum(math.prod(info.shape) for key, info in tensors.items() if _is_trained(key, info)),
         types=tuple(sorted({info.dtype for info in tensors.values()})),
@@ -147,10 +126,6 @@ def identify(header: Mapping[str, TensorInfo]) -> FileKind:
         text_width=next((width for key, info in tensors.items() if (width := _text_width(key, info.shape))), None),
     )
     return _with_family(found, tensors, downs)
-
-
-def _ends(key: str) -> list[str]:
-    return [end for end in METHODS if key.endswith(end)]
 
 
 def _module(key: str) -> str:
@@ -175,13 +150,14 @@ def _text_width(key: str, shape: tuple[int, ...]) -> int:
     cross = ("attn2.to_k.", "attn2_to_k.", "attn2.processor.to_k_lora.")
     if "attn2" not in key or "motion_modules" in key or len(shape) < 2:
         return 0
-    maps_text = key.endswith(("to_k.weight", *DOWN))
-    return shape[1] if maps_text and any(name in key for name in cross) else 0
+    if not any(name in key for name in cross):
+        return 0
+    return shape[1] if key.endswith("to_k.weight") or dialect(key) else 0
 
 
-def _lora_kind(downs: list[str], method: str) -> tuple[Kind, Layout]:
-    layouts = {layout for key in downs[:1] for end, layout in DOWN.items() if key.endswith(end)}
-    layout: Layout = "lycoris" if method else layouts.pop()
+def _lora_kind(downs: list[str], other: str) -> tuple[Kind, Layout]:
+    """By the first layer, and by the name of what else than a plain LoRA is in the file."""
+    layout: Layout = "lycoris" if other else (dialect(downs[0]) or "")
     of_motion = all("motion_modules" in key for key in downs) if downs else False
     if of_motion and any(TEMPORAL in key for key in downs) and layout == "old-diffusers":
         layout = "animatediff"

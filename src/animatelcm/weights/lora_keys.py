@@ -22,6 +22,7 @@ from animatelcm.weights.keys import is_motion, to_animatediff, to_diffusers
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 """How kohya's names of a part's modules begin; dots become underscores after it."""
+Dialect = Literal["kohya", "peft", "old-diffusers"]
 ALPHA = ".alpha"
 FACTORS = {
     ".lora_down": ".lora_up",
@@ -31,6 +32,28 @@ FACTORS = {
     ".lora_linear_layer.down": ".lora_linear_layer.up",
 }
 """The two factors of a layer, before ".weight": kohya, PEFT, diffusers, old diffusers, diffusers' text encoder."""
+DIALECTS: dict[str, Dialect] = {
+    ".lora_down": "kohya",
+    ".lora_A": "peft",
+    ".lora.down": "old-diffusers",
+    "_lora.down": "old-diffusers",
+    ".lora_linear_layer.down": "old-diffusers",
+}
+"""Whose word a down factor is."""
+METHOD_ENDS = {
+    ".dora_scale": "DoRA",
+    ".on_input": "IA3",
+    **dict.fromkeys((f".{name}.weight" for name in ("a1", "a2", "b1", "b2")), "GLoRA"),
+    **dict.fromkeys((".diff", ".diff_b"), "full differences of weights"),
+}
+METHOD_WORDS = {
+    ".hada_": "LoHa",
+    ".lokr_": "LoKr",
+    ".lora_mid.": "LoCon with a middle matrix (Tucker form)",
+    ".lora_magnitude_vector": "DoRA",
+    ".oft_": "OFT",
+}
+"""Changes of weights that are stored like a LoRA and are none: how a key ends or what it holds, and their name."""
 
 _OTHER = FACTORS | {up: down for down, up in FACTORS.items()}
 _FACTOR = re.compile(rf"(.+)({'|'.join(map(re.escape, _OTHER))})(\.[^.]+)?\.weight")
@@ -56,19 +79,8 @@ _RENAMES = (
 )
 """Old diffusers' words, with underscores."""
 
-_MERGE = "merge it into a checkpoint with the tool that made it, or take a plain LoRA"
-_FOREIGN = (
-    (re.compile(r"\.hada_"), "LoHa", _MERGE),
-    (re.compile(r"\.lokr_"), "LoKr", _MERGE),
-    (re.compile(r"\.lora_mid\."), "LoCon with a middle matrix (Tucker form)", _MERGE),
-    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector\b"), "DoRA", _MERGE),
-    (re.compile(r"\.oft_"), "OFT", _MERGE),
-    (re.compile(r"\.on_input$"), "IA3", _MERGE),
-    (re.compile(r"\.[ab][12]\.weight$"), "GLoRA", _MERGE),
-    (re.compile(r"\.diff(_b)?$"), "full difference of weights", _MERGE),
-    (re.compile(r"^(emb_params|clip_[lg])$|^bundle_emb\.|string_to_param"), "textual inversion", "take a LoRA"),
-)
-"""What is stored like a LoRA and is none: a key's mark, its kind, what to do."""
+_INVERSION = re.compile(r"^(emb_params|clip_[lg])$|^bundle_emb\.|string_to_param")
+_ENDS = tuple(METHOD_ENDS)
 
 _LDM_PLACES = {
     **{f"down_blocks_{i}_resnets_{j}": f"input_blocks_{3 * i + j + 1}_0" for i in range(4) for j in range(2)},
@@ -128,10 +140,28 @@ def parse(key: str) -> Key | None:
 
 def foreign(key: str) -> str:
     """Why a tensor of another kind of network is not read, as the rest of a sentence; empty for any other tensor."""
-    for mark, kind, advice in _FOREIGN:
-        if mark.search(key):
-            return f"is part of another kind of network ({kind}), which is not read; {advice}"
-    return ""
+    if kind := method(key):
+        advice = "merge it into a checkpoint with the tool that made it, or take a plain LoRA"
+    elif _INVERSION.search(key):
+        kind, advice = "textual inversion", "take a LoRA"
+    else:
+        return ""
+    return f"is part of another kind of network ({kind}), which is not read; {advice}"
+
+
+def method(key: str) -> str:
+    """What changes a weight through this tensor, where that is no plain LoRA; empty for any other tensor."""
+    if key.endswith(_ENDS):
+        return next(name for end, name in METHOD_ENDS.items() if key.endswith(end))
+    return next((name for word, name in METHOD_WORDS.items() if word in key), "")
+
+
+def dialect(key: str) -> Dialect | None:
+    """Whose word the down factor of this name is; None for any other tensor."""
+    if "lora" not in key or not key.endswith(".weight"):
+        return None
+    match = _FACTOR.fullmatch(key)
+    return DIALECTS.get(match[2]) if match else None
 
 
 def kohya_name(module: str) -> str:

@@ -6,8 +6,8 @@ Positions are a fixed sinusoid: checked where a file has them, never kept, made 
 from __future__ import annotations
 
 import json
-import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from animatelcm.nets.motion import sinusoid
 from animatelcm.weights.files import State, read_state, write_safetensors
 from animatelcm.weights.keys import (
     TEMPORAL,
@@ -39,9 +40,14 @@ IMAGE_ENCODER = "img_encoder."
 CONFIG = "config.json"
 WEIGHTS = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"))
 """Files of a diffusers folder, the first that is there is read."""
+MOST, WIDEST = 8, 16_384
+"""Levels, motion modules in a block on the way down and transformer blocks in each that a file may have, and channels:
+what a file should hold is listed from their numbers, so a small file could ask for a list without end."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_ADDRESS = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.motion_modules\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?")
+_ADDRESS = re.compile(
+    r"(?:(down|up)_blocks\.([0-9]+)|mid_block)\.motion_modules\.([0-9]+)\.(?:transformer_blocks\.([0-9]+)\.)?"
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,7 +93,7 @@ def read_motion(path: Path) -> MotionFile:
     names = _names(file, (key for key in motion if not is_positions(key)))
     layout: Layout = "animatediff" if any(TEMPORAL in key for key in motion) else "diffusers"
     state = {ours: motion[theirs] for ours, theirs in names.items()}
-    structure = _structure(file, state)
+    structure = _structure(file, state, names)
     shown = (
         names if layout == "diffusers" else {ours: to_animatediff(ours) for ours in motion_shapes(structure)} | names
     )
@@ -178,13 +184,6 @@ def motion_modelspec(*, title: str, base: str, layout: Layout, date: str) -> dic
     }
 
 
-def sinusoid(rows: int, channels: int) -> Tensor:
-    """Positions (rows, channels), float32: sines on even, cosines on odd channels, 2 pi to 20000 pi rows long."""
-    rates = torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000.0) / channels))
-    angles = torch.arange(rows)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
 def weights_file(path: Path) -> Path:
     if not path.is_dir():
         return path
@@ -203,7 +202,7 @@ def _read_settings(path: Path) -> dict[str, object]:
         raise ValueError(f"{path} is no MotionAdapter: {CONFIG} is missing; give a folder that diffusers saved")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); fetch it again") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings by name; fetch it again")
@@ -219,13 +218,23 @@ def _names(path: Path, keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _structure(path: Path, state: Mapping[str, Tensor]) -> Structure:
-    """What the weights' names and the first norms' widths say, by which all else is checked."""
+def _structure(path: Path, state: Mapping[str, Tensor], shown: Mapping[str, str] | None = None) -> Structure:
+    """What the weights' names and the first norms' widths say, by which all else is checked; in bounds.
+
+    ``shown`` is what the file calls a weight of ours, if not the same.
+    """
     if any("_lora." in key or ".lora_" in key for key in state):
         raise ValueError(f"{path} is a LoRA of motion modules; give the motion modules that it changes")
     if not state:
         raise ValueError(f"{path} has no motion modules; give an AnimateDiff or AnimateLCM file, or a MotionAdapter's")
-    found = [match for match in map(_ADDRESS.match, state) if match]
+    shown = shown or {}
+    found = [match for match in map(_ADDRESS.match, sorted(state)) if match]
+    for match in found:
+        if _beyond(match):
+            raise ValueError(
+                f"{path}: {shown.get(match.string, match.string)} is beyond the {MOST} levels, motion modules in a "
+                "block and transformer blocks that are read; take a file for this architecture"
+            )
     levels = len({match[2] for match in found if match[1] == "down"})
     layers = len({match[3] for match in found if match[1] == "down"})
     depth = len({match[4] for match in found if match[4]})
@@ -233,8 +242,21 @@ def _structure(path: Path, state: Mapping[str, Tensor]) -> Structure:
     for key in firsts:
         if key not in state:
             raise ValueError(f"{path}: {key} is missing; the file is incomplete, fetch it again")
+    for key in firsts:
+        if not 1 <= state[key].numel() <= WIDEST:
+            raise ValueError(
+                f"{path}: {shown.get(key, key)} is for {state[key].numel()} channels, expected 1 to {WIDEST}; take a "
+                "file for this architecture"
+            )
     mid_block = any(key.startswith("mid_block.") for key in state)
     return Structure(tuple(state[key].numel() for key in firsts), layers, mid_block, max(depth, 1))
+
+
+def _beyond(address: re.Match[str]) -> bool:
+    """Whether a weight's level, module or block has a number that is too high; one module more is on the way up."""
+    limits = MOST, MOST + (address[1] == "up"), MOST
+    numbers = zip(address.groups()[1:], limits, strict=True)
+    return any(number and (len(number) > 1 or int(number) >= limit) for number, limit in numbers)
 
 
 def _check(
@@ -266,6 +288,11 @@ def _check_image_encoder(path: Path, encoder: Mapping[str, Tensor], channels: tu
         return
     first = encoder.get("conv_in.weight")
     latent = first.shape[1] if first is not None and first.dim() == 4 else 4
+    if not 1 <= latent <= WIDEST:
+        raise ValueError(
+            f"{path}: {IMAGE_ENCODER}conv_in.weight takes {latent} channels, expected 1 to {WIDEST}; take a file for "
+            "this architecture"
+        )
     _check(path, encoder, image_encoder_shapes(channels, latent), {}, IMAGE_ENCODER)
 
 
@@ -311,5 +338,5 @@ def _check_settings(path: Path, settings: Mapping[str, object], structure: Struc
     }
     for key, allowed in known.items():
         if key in settings and None not in allowed and settings[key] not in allowed:
-            said = f"{key} is {settings[key]!r}, and the weights say {allowed[0]!r}"
+            said = f"{key} is {reprlib.repr(settings[key])}, and the weights say {allowed[0]!r}"
             raise ValueError(f"{path / CONFIG}: {said}; take both from one model")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
+LIMITS = {"num_hidden_layers": 128, "hidden_size": 16_384, "intermediate_size": 65_536, "vocab_size": 1_000_000}
+"""Of a text encoder's settings, which decide how much is built before any weight is seen."""
 _Network = TypeVar("_Network", bound=nn.Module)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the autoencoder's attention layers in folders that diffusers wrote before 0.15."""
@@ -65,6 +67,10 @@ def text_encoder(config: Mapping[str, Any], state: State, dtype: torch.dtype, wh
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A text encoder's config.json without what says how it was stored."""
     stored = {"architectures", "torch_dtype", "dtype", "transformers_version", "model_type", "_name_or_path"}
+    for name, most in LIMITS.items():
+        value = config.get(name, 1)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"text encoder: {name}={value!r} is out of range; choose 1..{most}")
     return {key: value for key, value in config.items() if key not in stored}
 
 
@@ -106,8 +112,8 @@ def filled(network: _Network, state: State, dtype: torch.dtype, where: str) -> _
     for key in sorted(wanted.keys() | state.keys()):
         if problem := _problem(key, state, wanted):
             raise ValueError(f"{where}: {key} {problem}")
-    check_finite(state, Path(where))
     converted = {key: _converted(state.pop(key), dtype) for key in list(state)}
+    check_finite(converted, Path(where))
     network.load_state_dict(converted, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -157,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A settings file. Raises ValueError naming it where it is missing or no JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); fetch the model again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no settings; fetch the model again")

@@ -19,14 +19,16 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import standins
 from animatelcm import Pipeline
+from animatelcm.assembly import load_sum, with_temporal_layers
+from animatelcm.building import clip_tokenizer
 from animatelcm.bundle import ASSETS
+from animatelcm.conversion import convert
 from animatelcm.nets import sd15
-from animatelcm.networks import clip_tokenizer
 from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample_steps
 from animatelcm.schedule import NoiseSchedule
-from animatelcm.sums import load_sum, with_temporal_layers
+from animatelcm.weights.lora import read_lora, write_lora
 
 TEXT = 64
 REQUEST = SampleRequest(prompt="a cat on a roof", num_frames=4, width=64, height=64, seed=5)
@@ -109,13 +111,14 @@ def _frames(pipeline) -> torch.Tensor:
         return (pipeline.model.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
 
 
-def test_four_steps_are_diffusers_four_steps(files, theirs, monkeypatch):
+def _frames_of(theirs, monkeypatch) -> torch.Tensor:
+    """The same of diffusers' pipeline, from the same noise at each step."""
     noises = [
         torch.randn((1, 4, 4, 8, 8), generator=generator(REQUEST.seed, step, 0, "latents")) for step in (0, 1, 2, 3)
     ]
     later = iter(noises[1:])
     monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(later))
-    made = theirs(
+    return theirs(
         REQUEST.prompt,
         num_frames=4,
         width=64,
@@ -125,11 +128,35 @@ def test_four_steps_are_diffusers_four_steps(files, theirs, monkeypatch):
         latents=noises[0].clone(),
         output_type="pt",
     ).frames[0]
+
+
+def test_four_steps_are_diffusers_four_steps(files, theirs, monkeypatch):
+    made = _frames_of(theirs, monkeypatch)
     joint, per_frame = _frames(_ours(files, "joint")), _frames(_ours(files))
     assert made.std() > 0.05
     assert (joint - made).abs().max() < 1e-3
     # What diffusers' norm over all frames at once changes, on the same files: not to be overlooked.
     assert (per_frame - made).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("motion", ["folder", "file"])
+def test_what_is_converted_makes_the_same_frames_in_stock_diffusers(files, tmp_path, monkeypatch, motion):
+    ours = _ours(files, "joint")
+    convert(files / "base.safetensors", tmp_path / "model", to="diffusers", dtype=torch.float32)
+    convert(files / "motion.ckpt", tmp_path / "motion", to="diffusers", dtype=torch.float32)
+    lora = read_lora(files / "fast.safetensors", ours.model.modules())
+    write_lora(lora, tmp_path / "fast.safetensors", metadata={}, dtype=torch.float32, layout="peft")
+    if motion == "folder":
+        adapter = MotionAdapter.from_pretrained(tmp_path / "motion")
+    else:
+        convert(files / "motion.ckpt", tmp_path / "motion.safetensors", to="animatediff", dtype=torch.float32)
+        adapter = MotionAdapter.from_single_file(str(tmp_path / "motion.safetensors"), config=str(tmp_path / "motion"))
+    scheduler = LCMScheduler.from_config(ours.model.schedule.to_diffusers("LCMScheduler"))
+    stock = AnimateDiffPipeline.from_pretrained(tmp_path / "model", motion_adapter=adapter, scheduler=scheduler)
+    stock.load_lora_weights(str(tmp_path / "fast.safetensors"), adapter_name="fast")
+    stock.set_adapters(["fast"], [0.8])
+    stock.set_progress_bar_config(disable=True)
+    assert (_frames_of(stock, monkeypatch) - _frames(ours)).abs().max() < 1e-3
 
 
 def test_the_settings_come_with_the_files_and_are_told(files, caplog):

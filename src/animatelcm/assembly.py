@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from animatelcm import networks
+from animatelcm import building
 from animatelcm.bundle import load
 from animatelcm.fusion import fuse
-from animatelcm.hub import MOTION_FILES, find
+from animatelcm.hub import LORA_FILES, MOTION_FILES, find
 from animatelcm.model import VideoModel
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.request import ModelSource
-from animatelcm.schedule import NoiseSchedule
+from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.families import Family, family_of
-from animatelcm.weights.files import read_header, read_metadata, read_state
+from animatelcm.weights.files import read_header, read_state
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import config as motion_settings
 from animatelcm.weights.motion import read_motion, weights_file
@@ -46,9 +44,14 @@ def load_sum(
     model = load(source.model, dtype=dtype, teacher=source.teacher, image_scale=0.0)
     if source.motion:
         model = with_temporal_layers(model, find(source.motion, MOTION_FILES))
+        if model.facts.sampler != "lcm":
+            model.image_lora = {}  # it was made for temporal layers of few steps
     accelerated = bool(model.image_lora) and not source.teacher
     if source.image_scale not in (0, 1) and not accelerated:
         raise ValueError(f"image_scale={source.image_scale}: this model has no image acceleration; leave the scale out")
+    if model.unet.motion is None and model.facts.num_frames > 1:
+        model.facts = replace(model.facts, num_frames=1)
+        LOG.info("%s has no temporal layers: it draws images; add --motion for videos", source.model)
     styles = [(_place(model, name), scale) for name, scale in source.styles()]
     for style, _ in styles:
         _settle(model, style)
@@ -60,10 +63,15 @@ def load_sum(
 
 
 def _place(model: VideoModel, name: str) -> str | Path:
-    """A LoRA's file, fetched from the hub if need be; of the model's own styles the name."""
-    if name in model.styles or not (Path(name).is_file() or name.count("/") > 1):
+    """A LoRA's file, in a folder or on the hub too; of the model's own styles the name."""
+    if name in model.styles or ("/" not in name and not Path(name).exists()):
         return name
-    return find(name)
+    place = find(name, LORA_FILES)
+    if place.is_file():
+        return place
+    if file := next((place / file for file in LORA_FILES if (place / file).is_file()), None):
+        return file
+    raise ValueError(f"{place} holds no LoRA ({', '.join(LORA_FILES[:2])}); name its file")
 
 
 def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
@@ -78,30 +86,27 @@ def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
             f"{place}: temporal layers for widths {found.channels}, and the model has {tuple(widths)}; "
             "take those of its architecture"
         )
-    said = _said(place)
-    config = MotionConfig.from_diffusers(motion_settings(found) | said.get("motion", {}))
-    spatial = {key: value for key, value in model.unet.state_dict().items() if "motion_modules" not in key}
-    unet = networks.unet(model.unet.config, config, spatial | found.state, model.unet.dtype, str(place))
-    model = replace(model, unet=unet, teacher_motion={}, facts=replace(model.facts, teacher={}))
+    if model.kept:
+        raise ValueError(f"{place}: temporal layers go into a model before LoRAs are fused; unfuse it first")
+    said = read_facts(weights_file(place)) or MotionFacts()
+    config = MotionConfig.from_diffusers(motion_settings(found) | dict(said.motion))
+    dtype = model.unet.dtype
+    state = {key: value for key, value in model.unet.state_dict().items() if "motion_modules" not in key}
+    state |= {key: found.state.pop(key).to(dtype) for key in list(found.state)}
+    unet = building.unet(model.unet.config, config, state, dtype, str(place))
+    model = replace(model, unet=unet, teacher_motion={}, kept={}, facts=replace(model.facts, teacher={}))
     if found.image_encoder:
         LOG.info("%s: its image encoder is left out; it serves image-to-video only", place.name)
     family = identify(read_header(weights_file(place))).family
-    if not family and not said and len(widths) == 4:
-        family = "animatediff-v2"
-        LOG.info("%s may be AnimateDiff's or AnimateLCM's, its layout does not say; it is taken for the former", place)
-    if family:
-        _adopt(model, family_of(family), place.name)
-    if said:
-        model.schedule = NoiseSchedule.from_diffusers(said["schedule"])
-        model.facts = replace(model.facts, **said["sampling"])
+    if said.sampling or said.noise:
+        model.schedule = replace(model.schedule, **said.noise)
+        model.facts = replace(model.facts, **said.sampling)
         LOG.info("%s says of itself: %s", place.name, settings(model))
-    return model if model.facts.sampler == "lcm" else replace(model, image_lora={})
-
-
-def _said(place: Path) -> dict[str, Any]:
-    """What a file of our own says about itself (``conversion.convert``); empty for others."""
-    file = weights_file(place)
-    return json.loads(read_metadata(file).get("animatelcm", "{}")) if file.suffix == ".safetensors" else {}
+    elif family or len(widths) == 4:
+        if not family:
+            LOG.info("%s may be AnimateDiff's or AnimateLCM's, its layout does not say; taken for the former", place)
+        _adopt(model, family_of(family or "animatediff-v2"), place.name)
+    return model
 
 
 def _adopt(model: VideoModel, family: Family, name: str, *, noise: bool = True) -> None:
@@ -112,7 +117,8 @@ def _adopt(model: VideoModel, family: Family, name: str, *, noise: bool = True) 
     model.schedule = replace(model.schedule, solver_steps=family.solver_steps)
     steps = {key: getattr(family, key) for key in ("num_inference_steps", "guidance_scale", "sampler")}
     model.facts = replace(model.facts, **steps)
-    LOG.info("%s is %s: %s (%s)", name, family.title, settings(model), family.source)
+    scale = f", LoRA scale {family.lora_scale:g}" if family.lora_scale != 1 else ""
+    LOG.info("%s is %s: %s%s (%s)", name, family.title, settings(model), scale, family.source)
 
 
 def _settle(model: VideoModel, style: str | Path) -> None:
@@ -120,9 +126,11 @@ def _settle(model: VideoModel, style: str | Path) -> None:
     if not isinstance(style, Path) or model.facts.sampler == "lcm":
         return
     family = identify(read_header(style)).family
+    if family not in FAST_LORAS:
+        return
     # Its layers are those of many a style; what few styles have is the alpha that LCM's training script leaves at 8.
-    alphas = {value.item() for value in read_state(style, lambda key: key.endswith(".alpha")).values()}
-    if family in FAST_LORAS and alphas == {8.0}:
+    alphas = read_state(style, lambda key: key.endswith(".alpha")).values()
+    if {number for value in alphas for number in value.flatten().tolist()} == {8.0}:
         _adopt(model, family_of(family), style.name, noise=False)
 
 
