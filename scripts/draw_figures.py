@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from animatelcm import video
-from animatelcm.bundle import load_sum
+from animatelcm.assembly import load_sum
 from animatelcm.model import VideoModel
 from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.sampling import sample

@@ -232,7 +232,7 @@ def test_what_is_wrong_with_a_file_is_named(changes, key, reason, tmp_path):
         "down_blocks.0.motion_modules.8.temporal_transformer.norm.weight",
         "up_blocks.0.motion_modules.9.temporal_transformer.norm.weight",
         "up_blocks.08.motion_modules.0.temporal_transformer.norm.weight",
-        f"mid_block.motion_modules.{'9' * 5000}.temporal_transformer.norm.weight",
+        f"mid_block.motion_modules.{'9' * 50}.temporal_transformer.norm.weight",
         Q.replace("transformer_blocks.0", "transformer_blocks.8"),
     ],
 )
@@ -280,8 +280,10 @@ DEEP = json.loads("[" * 400 + "]" * 400)
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize(
     "value",
-    [0, -1, 10**8, 10**4000, True, None, 4.0, float("nan"), "8", "8" * 10**6, [], [8, 9], [[]], [{}], {}, {"a": 8}]
-    + [[10**8] * 4, [None], ["8"], [[8], [9]], [[[8]]], [True], DEEP, [DEEP, DEEP]],
+    [
+        *(0, -1, 10**8, 10**4000, True, None, 4.0, float("nan"), "8", "8" * 10**6, {}, {"a": 8}, DEEP, [DEEP, DEEP]),
+        *([], [8, 9], [[]], [{}], [10**8] * 4, [None], ["8"], [[8], [9]], [[[8]]], [True]),
+    ],
     ids=lambda value: str(type(value).__name__),
 )
 def test_any_number_of_a_config_is_in_bounds_or_a_value_error(key, value):
@@ -296,15 +298,15 @@ def test_the_bounds_of_a_config_are_what_they_say(key, most):
     depth = {"motion_transformer_layers_per_mid_block": most} if "layers" in key else {}
     assert most in vars(MotionConfig.from_diffusers({key: most} | depth)).values()
     with pytest.raises(ValueError, match=f"{key}.* 1 to {most}"):
-        MotionConfig.from_diffusers({key: most + 1} | {name: most + 1 for name in depth})
+        MotionConfig.from_diffusers({key: most + 1} | dict.fromkeys(depth, most + 1))
 
 
-@pytest.mark.parametrize("key", ["motion_norm", "use_motion_mid_block"])
+@pytest.mark.parametrize(("key", "shown"), [("motion_norm", "motion norm"), ("use_motion_mid_block",) * 2])
 @pytest.mark.parametrize(
     "value", [None, 2, "yes", [], {}, DEEP, "joint" * 10**6], ids=lambda value: type(value).__name__
 )
-def test_any_word_of_a_config_is_known_or_a_value_error(key, value):
-    with pytest.raises(ValueError, match=key) as caught:
+def test_any_word_of_a_config_is_known_or_a_value_error(key, shown, value):
+    with pytest.raises(ValueError, match=shown) as caught:
         MotionConfig.from_diffusers({key: value})
     assert len(str(caught.value)) < 300
 
@@ -324,7 +326,7 @@ def test_a_folder_s_config_of_lists_in_lists_is_refused(depth, tmp_path):
     adapter_folder(tmp_path)
     file = tmp_path / "config.json"
     file.write_text('{"block_out_channels": ' + "[" * depth + "]" * depth + "}")
-    with pytest.raises(ValueError, match="damaged|block_out_channels") as caught:
+    with pytest.raises(ValueError, match=r"damaged|block_out_channels") as caught:
         read_motion(tmp_path)
     assert str(caught.value).startswith(f"{file}")
 

@@ -32,8 +32,8 @@ def find(source: str | Path, files: list[str] = MODEL_FILES) -> Path:
     owner, _, rest = text.removeprefix(site).partition("?")[0].partition("/")
     name, _, path = rest.partition("/")
     revision = "main"
-    if site and path.startswith(("blob/", "resolve/")):
-        _, revision, path = (*path.split("/", 2), "")[:3]
+    if site and path.startswith(("blob/", "resolve/")) and path.count("/") > 1:
+        _, revision, path = path.split("/", 2)
     whole = owner and name and not name.endswith(WEIGHT_SUFFIXES) and not text.startswith((".", "/", "~"))
     if not whole or (path and not path.endswith(WEIGHT_SUFFIXES)):
         raise ValueError(

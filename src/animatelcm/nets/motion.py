@@ -69,7 +69,7 @@ class MotionConfig:
             "conv_in_channels": None,
         }
         for key, value in fixed.items():
-            if (found := _single(config, key, value)) != value:
+            if key in config and (found := _single(config, key, value)) != value:
                 raise ValueError(f"motion adapter config: {key}={reprlib.repr(found)} is not supported, only {value!r}")
         return cls(
             num_attention_heads=_single(config, "motion_num_attention_heads", 8),

@@ -193,7 +193,7 @@ def _problem(parsed: Key | None, value: Tensor, state: State, known: Mapping[str
         return missing(parsed.name, known)
     if parsed.role != "alpha" and not value.is_floating_point():
         return f"holds {value.dtype} numbers; a LoRA's factors are floating-point"
-    if value.is_complex() or value.dtype == torch.bool:
+    if value.dtype == torch.bool:
         return f"holds {value.dtype}; an alpha is a real number"
     if not value.float().isfinite().all():
         return "holds numbers that are not finite; fetch the file again, or take one from before its training failed"

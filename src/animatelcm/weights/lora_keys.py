@@ -56,8 +56,7 @@ METHOD_WORDS = {
 """Changes of weights that are stored like a LoRA and are none: how a key ends or what it holds, and their name."""
 
 _OTHER = FACTORS | {up: down for down, up in FACTORS.items()}
-_FACTOR = re.compile(rf"(.+)({'|'.join(map(re.escape, _OTHER))})(\.[^.]+)?\.weight")
-"""Module, factor, and the name that an adapter has in PEFT."""
+_FACTOR_ENDS = tuple(_OTHER)
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|base_model\.model)\.")
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
 _DOTTED = {
@@ -127,14 +126,14 @@ def parse(key: str) -> Key | None:
     """What the tensor of this name is, in any dialect; None where it is no part of a plain LoRA."""
     if key.endswith(ALPHA):
         stem = key.removesuffix(ALPHA)
-        if factor := _FACTOR.fullmatch(stem):  # the alphas of diffusers' loader have names like "...down.weight.alpha"
-            stem = factor[1]
+        if factor := _factor(stem):  # the alphas of diffusers' loader have names like "...down.weight.alpha"
+            stem = factor[0]
         stem = re.sub(r"[._]lora$", "", stem)
         return Key(stem, _name(stem), "alpha", "")
-    match = _FACTOR.fullmatch(key)
-    if match is None:
+    found = _factor(key)
+    if found is None:
         return None
-    stem, factor, adapter = match[1], match[2], match[3] or ""
+    stem, factor, adapter = found
     return Key(stem, _name(stem), "down" if factor in FACTORS else "up", f"{_OTHER[factor]}{adapter}.weight")
 
 
@@ -158,10 +157,8 @@ def method(key: str) -> str:
 
 def dialect(key: str) -> Dialect | None:
     """Whose word the down factor of this name is; None for any other tensor."""
-    if "lora" not in key or not key.endswith(".weight"):
-        return None
-    match = _FACTOR.fullmatch(key)
-    return DIALECTS.get(match[2]) if match else None
+    found = _factor(key)
+    return DIALECTS.get(found[1]) if found else None
 
 
 def kohya_name(module: str) -> str:
@@ -200,6 +197,19 @@ def missing(name: str, known: Mapping[str, str]) -> str:
     if not any(is_motion(module) for module in known.values()):
         return "is for a temporal layer, and the model has none; load the model with temporal layers"
     return "is for a temporal layer that the model does not have; take a motion LoRA for temporal layers like its own"
+
+
+def _factor(key: str) -> tuple[str, str, str] | None:
+    """Module, factor, and the name that an adapter has in PEFT with its dot, empty in others; None for no factor."""
+    if not key.endswith(".weight"):
+        return None
+    whole = key.removesuffix(".weight")
+    for stem in (whole, whole.rpartition(".")[0]):
+        if stem.endswith(_FACTOR_ENDS):
+            factor = next(end for end in _OTHER if stem.endswith(end))
+            module, adapter = stem.removesuffix(factor), whole.removeprefix(stem)
+            return (module, factor, adapter) if module and adapter != "." else None
+    return None
 
 
 def _name(stem: str) -> str:
