@@ -97,7 +97,8 @@ def test_training_is_the_objective_an_optimiser_and_two_averages(chain, tmp_path
             model.unet, config.consistency, step=step, average=target, teacher_motion=model.teacher_motion
         )
         draw = partial(generator, config.seed, step, 0)
-        terms = objectives.consistency(model, roles, source.batches(indices), draw, config=config.consistency)
+        settings = {"config": config.consistency, "timestep_shift": config.timestep_shift}
+        terms = objectives.consistency(model, roles, source.batches(indices), draw, **settings)
         optimizer.zero_grad()
         terms.loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(live.values(), config.max_grad_norm)

@@ -182,7 +182,7 @@ def _by_hand(plain, weights, x_0, captions, model, step, config):
         aim = f(target, x_s, s, a_s, s_s)
     difference = f(student, x_t, t, a_t, s_t) - aim
     huber = ((difference**2 + config.huber_c**2).sqrt() - config.huber_c).flatten(1).mean(1)
-    return ((1 - config.delta * index / n) ** config.gamma * huber).mean()
+    return ((1 - config.delta * index.double() / n) ** config.gamma * huber).mean()
 
 
 def _roots(product: Tensor) -> tuple[Tensor, Tensor]:
