@@ -21,6 +21,16 @@ ENDS = (
 """Ends of module paths: one of each kind."""
 PLACES = ("unet.down_blocks.1.", "unet.mid_block.", "unet.up_blocks.2.", "text_encoder.")
 Weights = dict[str, Tensor]
+TINY = UNetConfig(
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=12,
+    attention_head_dim=4,
+    norm_num_groups=8,
+)
+"""A UNet with fewer levels and layers than Stable Diffusion's."""
 
 
 def unet_weights(motion: MotionConfig | None = None, config: UNetConfig | None = None) -> Weights:

@@ -15,18 +15,11 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import Lora, LoraLayer
+from lora_files import TINY
 
 pytest.importorskip("peft")
 
-CONFIG = UNetConfig(
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    cross_attention_dim=12,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
+CONFIG = TINY
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.nets.unet import VideoUNet
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import Lora, LoraLayer, write_lora
+from lora_files import TINY
 
 Q, CONV, FREE = "unet.attn1.to_q", "unet.conv1", "unet.conv2"
 SHAPES = {Q: (5, 6), CONV: (7, 3, 3, 3), FREE: (4, 4, 1, 1)}
@@ -154,15 +155,7 @@ def test_diffusers_draws_from_the_file_what_the_sum_draws(tmp_path):
     from diffusers import UNet2DConditionModel
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
-    config = UNetConfig(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+    config = TINY
     torch.manual_seed(0)
     ours = VideoUNet(config, None).eval()
     theirs = UNet2DConditionModel.from_config(config.to_diffusers()).eval()

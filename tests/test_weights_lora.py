@@ -18,16 +18,8 @@ from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.files import read_metadata
 from animatelcm.weights.lora import Lora, LoraLayer, modelspec, read_lora, write_lora
 from animatelcm.weights.lora_peft import Pattern
+from lora_files import TINY
 
-TINY = UNetConfig(
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    cross_attention_dim=12,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
 LCM_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),

@@ -15,6 +15,7 @@ from animatelcm.weights.identify import identify
 from animatelcm.weights.lora import read_lora, write_lora
 from lora_files import (
     DIALECTS,
+    TINY,
     Weights,
     chosen,
     drawn,
@@ -121,18 +122,9 @@ def test_every_name_of_ldm_is_the_module_that_diffusers_converts_it_to(tmp_path)
 
 @pytest.mark.parametrize("name", ["input_blocks_1_1_proj_in", "middle_block_1_proj_in", "out_2"])
 def test_ldm_s_numbers_mean_nothing_for_other_blocks(name, tmp_path):
-    tiny = UNetConfig(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
     save_file(numbered([f"lora_unet_{name}.lora_*.weight"]), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=rf"x\.safetensors: lora_unet_{name}\.lora_down\.weight .*this architecture"):
-        read_lora(tmp_path / "x.safetensors", modules_of(unet_weights(config=tiny)))
+        read_lora(tmp_path / "x.safetensors", modules_of(unet_weights(config=TINY)))
     assert len(read_lora(tmp_path / "x.safetensors", sd15())) == 1
 
 
