@@ -188,6 +188,17 @@ def test_an_acceleration_alone_makes_a_few_step_model_and_leaves_the_noise(files
     assert model.facts.sampler == "ddim"
 
 
+def test_a_folder_with_a_lora_is_taken_for_it(files, tmp_path):
+    base, lora = str(files / "base.safetensors"), tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    lora.parent.mkdir()
+    lora.write_bytes((files / "fast.safetensors").read_bytes())
+    one, two = (load_sum(ModelSource(model=base, style=(f"{place}:0.5",))) for place in (lora.parent, lora))
+    assert all(torch.equal(value, two.unet.state_dict()[key]) for key, value in one.unet.state_dict().items())
+    lora.rename(lora.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        load_sum(ModelSource(model=base, style=(str(lora.parent),)))
+
+
 def test_a_motion_lora_is_added_to_the_temporal_layers(files, tmp_path):
     lora = standins.fill(standins.motion_lora(rank=4), seed=4)
     torch.save(lora, tmp_path / "pan.ckpt")

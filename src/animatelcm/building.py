@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.weights.files import State, check_finite, read_state
+from animatelcm.weights.files import State, check_finite, find_copy, read_state
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -152,11 +152,10 @@ def empty_weights() -> Iterator[None]:
 
 def read_part(folder: Path, stem: str) -> State:
     """One network's weights in a diffusers folder: ``stem``.safetensors, else its half-precision or pickled copies."""
-    names = [f"{stem}{suffix}" for suffix in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")]
-    for name in names:
-        if (folder / name).is_file():
-            return read_state(folder / name)
-    raise ValueError(f"weights are missing: {folder / names[0]}")
+    file = find_copy(folder, stem)
+    if file is None:
+        raise ValueError(f"weights are missing: {folder / stem}.safetensors")
+    return read_state(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:

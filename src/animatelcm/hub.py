@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from animatelcm.weights.files import PICKLES, WEIGHT_SUFFIXES
+
 ASSETS = Path(__file__).parent / "assets"
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion_adapter*", "loras", "styles")
 MODEL_FILES = ["*.json", *(f"{folder}/*" for folder in FOLDERS)]
 MOTION_FILES = ["config.json", "diffusion_pytorch_model*"]
 LORA_FILES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
 OTHER_COPIES = ["*.non_ema.*", "*.msgpack", "*.onnx*", "*.h5", "*.xml"]
 HALVES = ["*.fp16.*"]
-PICKLES = ["*.bin", "*.ckpt", "*.pt", "*.pth"]
 SITES = ("https://huggingface.co/", "https://hf.co/")
 
 
@@ -61,8 +61,9 @@ def _repository(repository: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    pickles = [f"*{suffix}" for suffix in PICKLES]
     try:
-        for others in (OTHER_COPIES + HALVES + PICKLES, OTHER_COPIES + PICKLES, OTHER_COPIES):
+        for others in (OTHER_COPIES + HALVES + pickles, OTHER_COPIES + pickles, OTHER_COPIES):
             folder = Path(snapshot_download(repository, allow_patterns=files, ignore_patterns=others))
             if _complete(folder):
                 break

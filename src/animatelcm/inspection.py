@@ -9,9 +9,9 @@ from typing import Any
 
 from animatelcm import video
 from animatelcm.bundle import FACTS_FILE, IMAGE_LORA
-from animatelcm.hub import WEIGHT_SUFFIXES, find
+from animatelcm.hub import find
 from animatelcm.weights.families import FAMILIES, Family
-from animatelcm.weights.files import read_header, read_metadata, sha256
+from animatelcm.weights.files import WEIGHT_SUFFIXES, read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import weights_file
 

@@ -28,6 +28,9 @@ State = dict[str, Tensor]
 Names = Callable[[str], bool]
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
+COPIES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+"""How a network's file ends in a diffusers folder; the first that is there is read."""
 MAX_MARKS = 15 * MAX_TENSORS
 """Commas and colons in a header: a tensor has some ten of them."""
 MAX_HEADER = 100_000_000
@@ -74,6 +77,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The text that a safetensors file carries about itself; empty where it carries none, as pickles do."""
     with _opened(path) as file:
         return {} if path.suffix.lower() in PICKLES else _parse(file).metadata
+
+
+def find_copy(folder: Path, stem: str) -> Path | None:
+    """A network's file in a diffusers folder, in full precision if there is one; None where there is none."""
+    return next((file for end in COPIES if (file := folder / f"{stem}{end}").is_file()), None)
 
 
 def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
@@ -128,7 +136,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _is_pickle(path: Path) -> bool:
     """Whether a file is a pickle by its name, or safetensors; raises ValueError where it is neither."""
-    if path.suffix.lower() not in (*PICKLES, ".safetensors"):
+    if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise ValueError(f"is no weight file by its name; give one that ends in .safetensors, {', '.join(PICKLES)}")
     return path.suffix.lower() in PICKLES
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from animatelcm.nets.motion import sinusoid
-from animatelcm.weights.files import State, read_state, write_safetensors
+from animatelcm.weights.files import State, find_copy, read_state, write_safetensors
 from animatelcm.weights.keys import (
     TEMPORAL,
     WRAPPED,
@@ -38,8 +38,8 @@ HEADS, GROUPS, ROWS = 8, 32, 64
 """What AnimateDiff's files do not say: attention heads, groups of the norm, and rows where a file has no positions."""
 IMAGE_ENCODER = "img_encoder."
 CONFIG = "config.json"
-WEIGHTS = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin", "fp16.bin"))
-"""Files of a diffusers folder, the first that is there is read."""
+WEIGHTS = "diffusion_pytorch_model"
+"""Stem of the file in a diffusers folder."""
 MOST, WIDEST = 8, 16_384
 """Levels, motion modules in a block on the way down and transformer blocks in each that a file may have, and channels:
 what a file should hold is listed from their numbers, so a small file could ask for a list without end."""
@@ -185,12 +185,14 @@ def motion_modelspec(*, title: str, base: str, layout: Layout, date: str) -> dic
 
 
 def weights_file(path: Path) -> Path:
+    """The file of motion modules: the path itself, or what its folder holds. Raises ValueError where it holds none."""
     if not path.is_dir():
         return path
-    for name in WEIGHTS:
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(f"{path} has no motion modules: {WEIGHTS[0]} is missing; give a MotionAdapter's folder or a file")
+    if (file := find_copy(path, WEIGHTS)) is not None:
+        return file
+    raise ValueError(
+        f"{path} has no motion modules: {WEIGHTS}.safetensors is missing; give a MotionAdapter's folder or a file"
+    )
 
 
 def _read_settings(path: Path) -> dict[str, object]:
