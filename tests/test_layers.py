@@ -12,8 +12,20 @@ import animatelcm
 ROOT = Path(animatelcm.__file__).parent
 ROWS = [
     {"schedule", "solver", "consistency", "losses", "ema", "rng"},
-    {"nets", "weights", "data", "video", "images", "streams", "hub"},
-    {"config", "request", "model", "building", "ldm", "fusion", "bundle", "assembly", "miniature", "roles"},
+    {"nets", "weights", "data", "video", "images", "streams", "colour", "control_maps", "hub"},
+    {
+        "config",
+        "request",
+        "model",
+        "building",
+        "ldm",
+        "fusion",
+        "bundle",
+        "assembly",
+        "condition",
+        "miniature",
+        "roles",
+    },
     {"objectives", "sampling", "windows", "evaluate", "inspection", "conversion", "pipeline"},
     {"recipes", "checkpoint", "planning", "stages", "training", "log"},
     {"cli", "server", "ui", "cluster", "__main__"},

@@ -8,15 +8,17 @@ ImageDescription (jpg, webp), comment extension (gif), tag ``comment`` (mp4), ``
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import av
 import numpy as np
@@ -34,13 +36,18 @@ _DECODER_ERRORS = (
     EOFError,
     IndexError,
     struct.error,
-    Image.DecompressionBombError,
 )
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _LABEL_HEIGHT = 14  # pixels: a line of Pillow's default font
+
+Fit = Literal["crop", "pad", "stretch"]
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """uint8 (H, W, 3) RGB, the right way up (EXIF), transparency over white, 16 bits rounded to 8."""
+    """uint8 (H, W, 3) RGB, the right way up (EXIF), transparency over white, 16 bits rounded to 8.
+
+    More pixels than Pillow's ``Image.MAX_IMAGE_PIXELS`` are an error, before any is decoded.
+    """
     with explained(Path(path)), Image.open(path) as image:
         return rgb(ImageOps.exif_transpose(image))
 
@@ -61,6 +68,44 @@ def write_image(
     with replacing(path) as partial:
         save(frames, partial, _FORMATS[path.suffix.lower()], note, quality=95, lossless=True)
     return path
+
+
+def fitted(image: np.ndarray, height: int, width: int, fit: Fit = "crop") -> np.ndarray:
+    """A picture (H, W, 3) at another size, uint8 (height, width, 3): the middle stays in the middle, by Lanczos.
+
+    ``crop``: what covers the frame, its middle cut out. ``pad``: the whole of it, within borders of the mean colour of
+    its outermost pixels. ``stretch``: both sides apart. A picture that has the size comes back as it is.
+    """
+    if fit not in get_args(Fit) or min(height, width) < 1:
+        raise ValueError(f"fit={fit!r} to {width}x{height}: choose {', '.join(get_args(Fit))}, and 1x1 at least")
+    h, w = checked_pixels(image, 3).shape[:2]
+    if (h, w) == (height, width):
+        return image.copy()
+    if fit == "pad":
+        return _padded(image, height, width)
+    top = left = 0.0
+    if fit == "crop":  # a window of the frame's shape; half pixels keep it in the middle
+        scale = max(height / h, width / w)
+        top, left = (max(0.0, own - side / scale) / 2 for own, side in ((h, height), (w, width)))
+    return _resized(image, height, width, (left, top, w - left, h - top))
+
+
+def _padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Opposite borders are equal, for which the picture may grow by a pixel along one side, or two where it is thin."""
+    h, w = image.shape[:2]
+    scale = min(height / h, width / w)
+    y, x = (min(round((side - scale * own) / 2), (side - 1) // 2) for side, own in ((height, h), (width, w)))
+    outermost = np.ones((h, w), bool)
+    outermost[1:-1, 1:-1] = False
+    frame = np.empty((height, width, 3), np.uint8)
+    frame[:] = np.rint(image[outermost].mean(axis=0))
+    frame[y : height - y, x : width - x] = _resized(image, height - 2 * y, width - 2 * x, (0, 0, w, h))
+    return frame
+
+
+def _resized(image: np.ndarray, height: int, width: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Pillow widens the filter where it shrinks, so nothing aliases."""
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def contact_sheet(
@@ -175,7 +220,14 @@ def explained(path: Path) -> Iterator[None]:
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except _TOO_LARGE as error:
+        pixels = int(re.findall(r"\d+", str(error))[0])
+        raise ValueError(
+            f"{path} has {pixels:,} pixels, more than the {Image.MAX_IMAGE_PIXELS:,} that are read; make it smaller"
+        ) from error
     except _DECODER_ERRORS as error:
         raise ValueError(
             f"cannot read {path} ({error}): truncated, corrupt or of another format; remove or remake it"

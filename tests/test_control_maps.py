@@ -1,0 +1,291 @@
+"""Edges are what OpenCV and the closed form of a step say, and frames are those that were on show at the time."""
+
+from __future__ import annotations
+
+import re
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from animatelcm import streams, video
+from animatelcm.control_maps import KINDS, made, read
+from animatelcm.images import fitted
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def disc(count: int = 3, height: int = 40, width: int = 56) -> np.ndarray:
+    """A disc of another colour in each frame, on noise of few levels."""
+    y, x = np.mgrid[:height, :width]
+    inside = (y - 18) ** 2 + (x - 25) ** 2 < 100
+    colours = noise(count, 3, seed=4)[:, None, None]
+    return np.where(inside[None, ..., None], colours, noise(count, height, width, 3) // 16).astype(np.uint8)
+
+
+def step(low: int, high: int, at: int = 12) -> np.ndarray:
+    frames = np.full((1, 20, 30, 3), low, np.uint8)
+    frames[:, :, at:] = high
+    return frames
+
+
+# Maps
+
+
+def test_canny_is_that_of_opencv_in_white_on_black():
+    import cv2
+
+    frames = disc()
+    maps = made("canny", frames)
+    assert maps.shape == frames.shape
+    assert maps.dtype == np.uint8
+    for frame, seen in zip(frames, maps, strict=True):
+        assert np.array_equal(seen, cv2.Canny(frame, 100, 200)[..., None].repeat(3, axis=2))
+    assert set(np.unique(maps)) == {0, 255}
+
+
+def test_an_edge_is_white_beside_a_whole_step_and_nowhere_else():
+    """1 2 1 makes of a step 0 0 1 3 4 4 quarters, whose central differences are to each other as 1 3 3 1."""
+    for frames in (step(0, 255), step(255, 0), step(0, 255) * np.array([0, 1, 0], np.uint8)):
+        maps = made("edge", frames)
+        assert (maps == maps[:, :1, :, :1]).all()
+        assert maps[0, 0, 10:14, 0].tolist() == [85, 255, 255, 85]
+        assert not np.delete(maps, range(10, 14), axis=2).any()
+        assert np.array_equal(made("edge", frames.swapaxes(1, 2)), maps.swapaxes(1, 2))
+
+
+def test_an_edge_is_the_steepest_channel_of_a_smoothed_frame():
+    """Scharr's 3 10 3 along and -1 0 1 across, by sums of shifted frames in float64."""
+    frame = disc()[1]
+    smooth = np.pad(frame.astype(float), ((2, 2), (2, 2), (0, 0)), "edge")
+    for axis in (0, 1):
+        smooth = shifted(smooth, (1, 2, 1), axis) / 4
+    across = shifted(shifted(smooth, (3, 10, 3), 0), (-1, 0, 1), 1)
+    down = shifted(shifted(smooth, (3, 10, 3), 1), (-1, 0, 1), 0)
+    steepest = np.sqrt(across**2 + down**2).max(axis=2) / 12
+    seen = made("edge", frame[None])[0, ..., 0]
+    inside = np.s_[1:-1, 1:-1]  # at the rim it matters whether the smoothed frame or the frame is continued
+    assert np.abs(seen - np.minimum(steepest, 255))[inside].max() <= 0.5 + 1e-4
+
+
+def shifted(frame: np.ndarray, weights: tuple[int, int, int], axis: int) -> np.ndarray:
+    """The weighted sum of three neighbours, shorter by two."""
+    length = frame.shape[axis] - 2
+    return sum(weight * frame.take(range(i, i + length), axis) for i, weight in enumerate(weights))
+
+
+@pytest.mark.parametrize("contrast", [1, 2, 16, 127, 128, 254])
+def test_an_edge_is_as_bright_as_its_step_is_high(contrast):
+    """Not as bright as the frame's own maximum makes it, which flickers."""
+    assert made("edge", step(0, contrast)).max() == contrast
+    assert made("edge", step(255 - contrast, 255)).max() == contrast
+    both = np.concatenate([step(0, contrast), step(0, 255)], axis=2)
+    assert made("edge", both)[0, 0, 11, 0] == contrast
+
+
+def test_edges_are_linear_in_contrast():
+    frames = disc() // 2
+    doubled = np.minimum(2.0 * made("edge", frames), 255)
+    assert np.abs(made("edge", 2 * frames) - doubled).max() <= 1
+
+
+def test_edges_turn_and_flip_with_the_frame_exactly():
+    frames = noise(2, 21, 30, 3)
+    maps = made("edge", frames)
+    assert np.array_equal(made("edge", frames[:, ::-1]), maps[:, ::-1])
+    assert np.array_equal(made("edge", frames[:, :, ::-1]), maps[:, :, ::-1])
+    assert np.array_equal(made("edge", np.rot90(frames, axes=(1, 2))), np.rot90(maps, axes=(1, 2)))
+    assert np.array_equal(made("edge", frames[..., ::-1]), maps)
+    assert np.array_equal(made("edge", 255 - frames), maps)
+
+
+@pytest.mark.parametrize("kind", ["canny", "edge"])
+def test_frames_are_mapped_apart_and_plain_ones_are_black(kind):
+    frames = disc()
+    assert np.array_equal(made(kind, frames), np.concatenate([made(kind, frame[None]) for frame in frames]))
+    assert not made(kind, np.full((2, 9, 7, 3), 200, np.uint8)).any()
+    assert made(kind, noise(1, 1, 1, 3)).shape == (1, 1, 1, 3)
+
+
+def test_a_tile_is_the_frame():
+    assert np.array_equal(made("tile", disc()), disc())
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "said"),
+    [
+        ("depth", disc(), "a depth control needs ready maps: give a clip of them, as depth=map:FILE"),
+        ("pose", disc(), "a pose control needs ready maps: give a clip of them, as pose=map:FILE"),
+        ("scribble", disc(), f"no control 'scribble'; choose {', '.join(KINDS)}"),
+        ("edge", disc()[0], "(F, H, W, 3) is needed"),
+        ("tile", disc() / 255, "to_uint8"),
+    ],
+)
+def test_what_cannot_be_made_is_said(kind, frames, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        made(kind, frames)
+
+
+@pytest.mark.parametrize("kind", ["canny", "edge"])
+def test_without_opencv_its_extra_is_named(monkeypatch, tmp_path, kind):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match=re.escape(f"a {kind} control needs OpenCV: pip install animatelcm[control]")):
+        made(kind, disc())
+    video.write_image(disc()[0], tmp_path / "a.png")
+    assert take(tmp_path / "a.png", kind="tile")[0].shape == (4, 8, 8, 3)
+    assert take(tmp_path / "a.png", kind=kind, ready=True)[0].shape == (4, 8, 8, 3)
+
+
+# Frames
+
+
+def take(path: Path, **changes) -> tuple[np.ndarray, str]:
+    asked = {"kind": "depth", "ready": True, "num_frames": 4, "fps": 8, "height": 8, "width": 8, **changes}
+    return read(path, asked.pop("kind"), **asked)
+
+
+def numbered(count: int, height: int = 16, width: int = 16) -> np.ndarray:
+    """Frame i is a plain grey of level 3 i."""
+    return np.broadcast_to(3 * np.arange(count)[:, None, None, None], (count, height, width, 3)).astype(np.uint8)
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return np.rint(frames.mean(axis=(1, 2, 3)) / 3).astype(int).tolist()
+
+
+@pytest.mark.parametrize("container", ["", ".mp4", ".gif", ".webp"])
+@pytest.mark.parametrize(
+    ("fps", "asked", "count", "taken", "said"),
+    [
+        (24, 8, 6, [0, 3, 6, 9, 12, 15], "frames 0 to 15 of 60 (every 3rd, 8 fps)"),
+        (8, 8, 4, [0, 1, 2, 3], "frames 0 to 3 of 60 (every frame, 8 fps)"),
+        (30, 8, 5, [0, 3, 7, 11, 15], "frames 0 to 15 of 60 (every 3.75th, 8 fps)"),
+        (4, 8, 5, [0, 0, 1, 1, 2], "frames 0 to 2 of 60 (each 2 times, 8 fps)"),
+        (6, 8, 6, [0, 0, 1, 2, 3, 3], "frames 0 to 3 of 60 (each 1.333 times, 8 fps)"),
+        (40, 4, 6, [0, 10, 20, 30, 40, 50], "frames 0 to 50 of 60 (every 10th, 4 fps)"),
+        (
+            40,
+            4,
+            9,
+            [0, 10, 20, 30, 40, 50, 50, 50, 50],
+            "frames 0 to 50 of 60 (every 10th, 4 fps); it is too short: the last one holds for 3 more",
+        ),
+        (44, 4, 6, [0, 11, 22, 33, 44, 55], "frames 0 to 55 of 60 (every 11th, 4 fps)"),
+        (8, Fraction(24000, 1001), 3, [0, 0, 0], "frames 0 to 0 of 60 (each 2.997 times, 23.98 fps)"),
+    ],
+)
+def test_frames_are_those_on_show_at_the_time(tmp_path, container, fps, asked, count, taken, said):
+    path = video.write(numbered(60), tmp_path / f"clip{container}", fps=fps, quality=95 if "p" in container else None)
+    maps, words = take(path, num_frames=count, fps=asked)
+    assert maps.shape == (count, 8, 8, 3)
+    assert numbers(maps) == taken == [min(int(i * Fraction(fps) / Fraction(asked)), max(taken)) for i in range(count)]
+    assert words == f"clip{container}: {said}"
+
+
+@pytest.mark.parametrize("num_frames", [59, 60, 61, 200])
+def test_the_last_frame_holds(tmp_path, num_frames):
+    path = video.write(numbered(60), tmp_path / "clip.mp4", fps=8, quality=95)
+    maps, words = take(path, num_frames=num_frames)
+    assert numbers(maps) == [min(i, 59) for i in range(num_frames)]
+    held = f"; it is too short: the last one holds for {num_frames - 60} more" if num_frames > 60 else ""
+    assert words == f"clip.mp4: frames 0 to {min(num_frames, 60) - 1} of 60 (every frame, 8 fps){held}"
+
+
+def test_a_slow_clip_that_ends_holds_too(tmp_path):
+    path = video.write(numbered(3), tmp_path / "clip.gif", fps=4)
+    maps, words = take(path, num_frames=9)
+    assert numbers(maps) == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert words.endswith("frames 0 to 2 of 3 (each 2 times, 8 fps); it is too short: the last one holds for 3 more")
+
+
+def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
+    path = video.write(numbered(80), tmp_path / "clip.mp4", fps=24)
+    decoded, frames_from = [], streams._frames_from
+
+    def counted(*arguments):
+        for number, frame in frames_from(*arguments):
+            decoded.append(number)
+            yield number, frame
+
+    monkeypatch.setattr(streams, "_frames_from", counted)
+    take(path, num_frames=4)
+    assert decoded == list(range(10))
+
+
+def test_a_folder_of_images_is_a_clip(tmp_path, monkeypatch):
+    """Any formats and sizes, numbers by value, hidden and other files passed over; no rate of its own."""
+    names = ["a_1.png", "a_2.JPG", "a_3.webp", "a_10.bmp", "a_11.tif", "b.png"]
+    for level, name in reversed(list(enumerate(names))):
+        Image.fromarray(np.full((9 + level, 30 - level, 3), 3 * level, np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("a walk")
+    (tmp_path / ".a_0.png").write_bytes(b"")
+    (tmp_path / "a_0.png").mkdir()
+    maps, words = take(tmp_path, num_frames=8, fps=7.5)
+    assert numbers(maps) == [0, 1, 2, 3, 4, 5, 5, 5]
+    held = "it is too short: the last one holds for 2 more"
+    assert words == f"{tmp_path.name}: frames 0 to 5 of 6 (every frame, 7.5 fps); {held}"
+    (tmp_path / "b.png").write_bytes(b"damaged, but not needed")
+    assert numbers(take(tmp_path, num_frames=3)[0]) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"cannot read .*b\.png"):
+        take(tmp_path, num_frames=6)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".PNG", ".gif"])
+def test_one_image_is_held(tmp_path, suffix):
+    Image.fromarray(numbered(50)[49]).save(tmp_path / f"map{suffix}")
+    maps, words = take(tmp_path / f"map{suffix}")
+    assert maps.shape == (4, 8, 8, 3)
+    assert numbers(maps) == [49] * 4
+    assert words == f"map{suffix}: one image, held for all 4"
+
+
+@pytest.mark.parametrize("kind", ["canny", "edge", "tile"])
+def test_frames_are_fitted_then_mapped(tmp_path, kind):
+    """Not the other way round: edges have the width of the frame's pixels."""
+    frames = disc(5, 48, 64)
+    path = video.write(frames, tmp_path / "clip", fps=16)
+    size = {"height": 24, "width": 24, "num_frames": 3}
+    small = np.stack([fitted(frame, 24, 24) for frame in frames[::2]])
+    assert np.array_equal(take(path, kind=kind, ready=False, **size)[0], made(kind, small))
+    assert np.array_equal(take(path, kind=kind, ready=True, **size)[0], small)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("clip", {"ready": False}, "a depth control needs ready maps"),
+        ("clip", {"kind": "scribble"}, "no control 'scribble'"),
+        ("clip", {"num_frames": 0}, "num_frames=0"),
+        ("clip", {"height": 0}, "8x0"),
+        ("clip", {"fps": 0}, "fps=0"),
+        ("clip", {"fps": 1e-9}, "0.001 are needed"),
+        ("clip", {"fps": float("nan")}, "fps=nan"),
+        ("none.mp4", {}, "there is no file or folder"),
+        ("notes.txt", {}, "cannot read"),
+        ("damaged.mp4", {}, "cannot read"),
+        ("empty", {}, "holds no images; put in some of .bmp"),
+        ("clip/metadata.json", {}, "cannot read"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path, name, change, said):
+    video.write(numbered(4), tmp_path / "clip", fps=8)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("a walk")
+    (tmp_path / "damaged.mp4").write_bytes(noise(4000).tobytes())
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        take(tmp_path / name, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rate_that_is_none_is_said(tmp_path):
+    path = video.write(numbered(4), tmp_path / "clip", fps=8)
+    note = (path / "metadata.json").read_text()
+    for rate in ("0", "-8"):
+        (path / "metadata.json").write_text(note.replace('"8"', f'"{rate}"'))
+        with pytest.raises(ValueError, match=f"has {rate} frames a second"):
+            take(path)
