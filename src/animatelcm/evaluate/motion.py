@@ -19,6 +19,7 @@ from torch import Tensor
 from animatelcm.data.sprites import CLIP_FRAMES, LOOPS, MOTIONS, Pose
 
 STILL = "still"
+PRESENT = 0.15  # of the range of a channel: what differs more from the background weighs no more
 SIZES, DRIFTS = 3, 9  # how finely the free quantities of each motion are tried
 ANGLES = 64  # of a polar picture, 5.6 degrees each
 RADII = (0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7)  # of a polar picture, in root mean square radii
@@ -59,26 +60,42 @@ def classify(frames: np.ndarray) -> str:
 def measure(frames: np.ndarray) -> Trajectory:
     """Follow the picture through uint8 frames (F, H, W, 3)."""
     stands_out = foreground(frames)
-    weight = stands_out.abs().amax(dim=1).clamp(max=0.15)
-    height, width = weight.shape[1:]
-    x, y = _cell_centres(width), _cell_centres(height)[:, None]
-    total = weight.sum(dim=(1, 2)) + 1e-3  # an empty frame shows a picture in the middle
-    centre = torch.stack([(weight * x).sum(dim=(1, 2)), (weight * y).sum(dim=(1, 2))], dim=1) / total[:, None]
+    weight = presence(stands_out)
+    centre, total = centre_of_weight(weight)
+    x, y = _axes(weight)
     distance = (x - centre[:, 0, None, None]) ** 2 + (y - centre[:, 1, None, None]) ** 2
     radius = (((weight * distance).sum(dim=(1, 2)) + 2e-4) / total).sqrt()
     return Trajectory(centre, radius.log(), _turns(stands_out, centre, radius))
 
 
-def foreground(frames: np.ndarray, threshold: float = 0.06) -> Tensor:
-    """How each pixel differs from the background, less what noise may do: float32 (F, 3, H, W).
-
-    The background is the median colour along the border of all frames.
-    """
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 255
-    border = torch.ones(pixels.shape[2:], dtype=torch.bool)
+def background(frames: np.ndarray) -> Tensor:
+    """The median colour along the border of all uint8 frames (F, H, W, 3): float32 (3,) in [0, 1]."""
+    border = np.ones(frames.shape[1:3], dtype=bool)
     border[2:-2, 2:-2] = False
-    background = pixels[:, :, border].flatten(1).median(dim=1).values
-    return F.softshrink(pixels - background[:, None, None, None], threshold).transpose(0, 1)
+    return torch.from_numpy(frames[:, border]).flatten(0, 1).median(dim=0).values.float() / 255
+
+
+def foreground(frames: np.ndarray, threshold: float = 0.06) -> Tensor:
+    """How each pixel differs from the background, less what noise may do: float32 (F, 3, H, W)."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    return F.softshrink(pixels - background(frames)[:, None, None], threshold)
+
+
+def presence(stands_out: Tensor) -> Tensor:
+    """How much each pixel of ``foreground`` weighs: (F, 3, H, W) -> (F, H, W), at most ``PRESENT``."""
+    return stands_out.abs().amax(dim=1).clamp(max=PRESENT)
+
+
+def centre_of_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(F, H, W) -> centre (F, 2), x and y in [-1, 1], and the whole weight (F,), a little more than none."""
+    x, y = _axes(weight)
+    total = weight.sum(dim=(1, 2)) + 1e-3  # an empty frame shows a picture in the middle
+    return torch.stack([(weight * x).sum(dim=(1, 2)), (weight * y).sum(dim=(1, 2))], dim=1) / total[:, None], total
+
+
+def _axes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    height, width = weight.shape[1:]
+    return _cell_centres(width), _cell_centres(height)[:, None]
 
 
 def _cell_centres(cells: int) -> Tensor:
