@@ -3,14 +3,16 @@
 Folder layout: a diffusers Stable Diffusion folder (``unet``, ``vae``, ``text_encoder``, ``tokenizer``, ``scheduler``,
 ``model_index.json``), which diffusers' own pipelines load as an image model. Beside it ``motion_adapter``, a diffusers
 ``MotionAdapter``; of a distilled model also ``loras/image_lcm.safetensors`` (kohya), ``motion_adapter_teacher``, and
-styles in ``styles/NAME.safetensors`` (kohya). ``animatelcm.json`` holds the facts that travel with the weights.
+styles in ``styles/NAME.safetensors`` (kohya). ``adapters/NAME`` holds what may stand beside the UNet: diffusers' folder
+of a ControlNet or T2I-Adapter, or an image encoder with the keys of AnimateLCM's ``img_encoder``. ``animatelcm.json``
+holds the facts that travel with the weights.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
@@ -18,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from animatelcm import building
-from animatelcm.building import read_json, read_part
+from animatelcm.building import adapter_config, plain_config, read_json, read_part
 from animatelcm.fusion import fuse
 from animatelcm.hub import ASSETS, find
 from animatelcm.ldm import read_checkpoint
@@ -31,13 +33,14 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig
 from animatelcm.schedule import NoiseSchedule, SchedulerClass
 from animatelcm.weights.files import State, write_safetensors
-from animatelcm.weights.lora import Lora, modelspec, read_lora, write_lora
+from animatelcm.weights.lora import Layout, Lora, modelspec, read_lora, write_lora
 from animatelcm.weights.motion import config as motion_settings
 from animatelcm.weights.motion import read_motion
 
 FACTS_FILE = "animatelcm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE_LORA = Path("loras") / "image_lcm.safetensors"
+ADAPTERS = "adapters"
 
 
 MODEL_INDEX = {
@@ -115,12 +118,15 @@ def _write_networks(model: VideoModel, folder: Path, dtype: torch.dtype) -> None
         for name, state in {"motion_adapter": motion, "motion_adapter_teacher": teacher}.items():
             if state:
                 _write_part(folder / name, model.unet.motion.to_diffusers(config), state | positions)
-    _write_part(folder / "vae", _plain_config(model.vae.config), _base_state(model, "vae", dtype))
+    _write_part(folder / "vae", plain_config(model.vae.config), _base_state(model, "vae", dtype))
     # The classic key prefix: every release of transformers reads it, while what newer ones write older ones do not.
     text = _base_state(model, "text_encoder", dtype)
     text = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in text.items()}
     text_config = {"architectures": ["CLIPTextModel"], **model.text_encoder.config.to_diff_dict()}
     _write_part(folder / "text_encoder", text_config, text, weights="model.safetensors", config="config.json")
+    for name, network in model.adapters.items():
+        state = _base_state(model, f"adapter_{name}", dtype)
+        _write_part(folder / ADAPTERS / name, adapter_config(network), state)
 
 
 def _base_state(model: VideoModel, part: str, dtype: torch.dtype) -> State:
@@ -139,13 +145,20 @@ def _write_loras(model: VideoModel, folder: Path, dtype: torch.dtype) -> None:
 
 
 def write_named_lora(
-    lora: Lora, path: Path, *, title: str, kind: str, base: str, dtype: torch.dtype = torch.float16
+    lora: Lora,
+    path: Path,
+    *,
+    title: str,
+    kind: str,
+    base: str,
+    dtype: torch.dtype = torch.float16,
+    layout: Layout = "kohya",
 ) -> None:
-    """One LoRA as a kohya file that says what it is (ModelSpec)."""
+    """One LoRA as a file that says what it is (ModelSpec)."""
     layer = next(iter(lora.values()))
     today = date.today().isoformat()
     facts = modelspec(title=title, kind=kind, base=base, rank=layer.rank, alpha=layer.alpha, date=today)
-    write_lora(lora, path, metadata=facts, dtype=dtype)
+    write_lora(lora, path, metadata=facts, dtype=dtype, layout=layout)
 
 
 def load(
@@ -155,16 +168,19 @@ def load(
     dtype: torch.dtype = torch.float32,
     teacher: bool = False,
     image_scale: float = 1.0,
+    adapters: Collection[str] | None = None,
 ) -> VideoModel:
     """Load a model: "emoji" (embedded), a folder, a checkpoint of Stable Diffusion 1.x (.safetensors, .ckpt), or a
     Hugging Face id (``hub.find``). Weights are converted to ``dtype``, convolutions kept in channels-last order.
 
     A distilled bundle comes with its image acceleration fused at ``image_scale``; ``teacher`` loads the many-step model
-    that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. Raises
-    ValueError where a part is missing or does not fit, naming the file.
+    that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. ``adapters``
+    are loaded by their names, None: all of them. Raises ValueError where a part is missing or does not fit, naming the
+    file.
     """
     place = find(source)
     model = _from_file(place, dtype) if place.is_file() else _from_folder(place, str(source), dtype)
+    model.adapters = _read_adapters(place / ADAPTERS, adapters, dtype)
     model.to(device)
     if teacher:
         return _as_teacher(model)
@@ -201,6 +217,17 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> VideoModel:
     )
     _read_loras(model, folder)
     return model
+
+
+def _read_adapters(folder: Path, names: Collection[str] | None, dtype: torch.dtype) -> dict[str, nn.Module]:
+    places = [path.parent for path in sorted(folder.glob("*/config.json"))]
+    return {place.name: read_adapter(place, dtype) for place in places if names is None or place.name in names}
+
+
+def read_adapter(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """An adapter from its folder, diffusers' or ours. Raises ValueError naming the file that is missing or misfits."""
+    config = read_json(folder / "config.json")
+    return building.adapter(config, read_part(folder, "diffusion_pytorch_model"), dtype, str(folder))
 
 
 def _read_text_state(folder: Path) -> State:
@@ -242,10 +269,6 @@ def read_facts_file(folder: Path, name: str) -> Facts:
     """What a bundle was made for; the defaults of its name where it does not say."""
     path = folder / FACTS_FILE
     return Facts(**read_json(path)) if path.is_file() else Facts(name=name)
-
-
-def _plain_config(config: Any) -> dict[str, Any]:  # noqa: ANN401 - diffusers' FrozenDict
-    return {key: value for key, value in dict(config).items() if not key.startswith("_") or key == "_class_name"}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,11 @@ from tyro.conf import AvoidSubcommands, Positional, arg
 
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
-from animatelcm.evaluate.report import Kind
+from animatelcm.evaluate.report import Kind, Steer
 from animatelcm.request import ModelSource, SampleRequest, Target
 
 if TYPE_CHECKING:
+    from animatelcm.condition import Condition
     from animatelcm.model import VideoModel
     from animatelcm.request import Video
 
@@ -44,6 +45,7 @@ class Generate:
 
     def run(self) -> None:
         from animatelcm import video
+        from animatelcm.condition import read
 
         targets = _targets(self.out or Path(_slug(self.request.prompt) + ".mp4"), self.request.num_videos_per_prompt)
         for target in targets:
@@ -51,10 +53,11 @@ class Generate:
         began = time.perf_counter()
         request = _sized(self.request, self.size)
         with _told(quiet=self.json):
-            model = _load(self.source, self.device, keep=False)
-        request = request.resolved(model.facts, model.downscale)
+            model = _load(self.source, self.device, keep=False, adapters=request.adapter_names())
+            request = request.resolved(model.facts, model.downscale)
+            condition = read(request, model)
         loaded = time.perf_counter() - began
-        videos = _with_bar(model, request, quiet=self.json)
+        videos = _with_bar(model, request, condition, quiet=self.json)
         for made, target in zip(videos, targets, strict=True):
             video.write(
                 made.frames, target, fps=made.fps, metadata=made.recipe(self.source, __version__), overwrite=self.force
@@ -166,6 +169,8 @@ class Eval:
     kinds: tuple[Kind, ...] = ("clips",)
     """clips: captions as in training, held against other real clips; images, plain: of each subject; motions, held_out:
     subjects under each motion, pairs that no training clip shows."""
+    steer: Steer = ""
+    """What of their real clips steers the generated ones: their first frame (i2v), or maps of a kind."""
     clips: int = 256
     """Prompts of the kind clips, and at most as many of each other kind."""
     real: int = 2048
@@ -188,7 +193,7 @@ class Eval:
         from animatelcm.video import write_image
 
         settings = [emoji.Setting.parse(text) for text in self.settings]
-        protocol = Protocol(clips=self.clips, real=self.real, style_truth=self.style_truth)
+        protocol = Protocol(clips=self.clips, real=self.real, style_truth=self.style_truth, steer=self.steer)
         model = _load(self.source, self.device)
         settings = settings or [emoji.Setting.of(model.facts)]
         with _bars(quiet=self.json) as progress:
@@ -310,14 +315,16 @@ def _told(*, quiet: bool) -> Iterator[None]:
         log.removeHandler(handler)
 
 
-def _load(source: ModelSource, device: str, *, keep: bool = True) -> VideoModel:
+def _load(
+    source: ModelSource, device: str, *, keep: bool = True, adapters: Collection[str] | None = None
+) -> VideoModel:
     from animatelcm.assembly import load_sum
     from animatelcm.sampling import best_device
 
-    return load_sum(source, device=best_device() if device == "auto" else device, keep=keep)
+    return load_sum(source, device=best_device() if device == "auto" else device, keep=keep, adapters=adapters)
 
 
-def _with_bar(model: object, request: SampleRequest, *, quiet: bool) -> list[Video]:
+def _with_bar(model: VideoModel, request: SampleRequest, condition: Condition, *, quiet: bool) -> list[Video]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -325,7 +332,7 @@ def _with_bar(model: object, request: SampleRequest, *, quiet: bool) -> list[Vid
 
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(request.prompt, total=request.num_inference_steps * request.num_videos_per_prompt)
-        return sample(model, request, progress=lambda _: bar.advance(task))
+        return sample(model, request, condition=condition, progress=lambda _: bar.advance(task))
 
 
 @contextmanager

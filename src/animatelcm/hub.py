@@ -7,9 +7,10 @@ from pathlib import Path
 from animatelcm.weights.files import PICKLES, WEIGHT_SUFFIXES
 
 ASSETS = Path(__file__).parent / "assets"
-FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion_adapter*", "loras", "styles")
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "motion_adapter*", "loras", "styles", "adapters")
 MODEL_FILES = ["*.json", *(f"{folder}/*" for folder in FOLDERS)]
 MOTION_FILES = ["config.json", "diffusion_pytorch_model*"]
+ADAPTER_FILES = ["config.json", "diffusion_pytorch_model*"]
 LORA_FILES = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
 OTHER_COPIES = ["*.non_ema.*", "*.msgpack", "*.onnx*", "*.h5", "*.xml"]
 HALVES = ["*.fp16.*"]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
+CORE = ("unet", "vae", "text_encoder")
+"""The networks that every video needs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a model was made for; the defaults of every request that does not say otherwise."""
@@ -60,6 +64,8 @@ class VideoModel:
     """Personal styles that came with the bundle, by name."""
     teacher_motion: State = field(default_factory=dict)
     """Temporal layers of the model that this one was distilled from, by their names in ``unet``."""
+    adapters: dict[str, nn.Module] = field(default_factory=dict)
+    """What may stand beside the UNet: "i2v" sees a picture, others read control maps of the kind that is their name."""
     acceleration: tuple[Lora, float] = field(default_factory=lambda: ({}, 0.0))
     """The image acceleration that is fused, and its scale."""
     kept: State = field(default_factory=dict)
@@ -68,7 +74,8 @@ class VideoModel:
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The parts that hold weights, by the names that state files and recipes use."""
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        adapters = {f"adapter_{name}": network for name, network in self.adapters.items()}
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder, **adapters}
 
     @property
     def device(self) -> torch.device:

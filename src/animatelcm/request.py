@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 Sampler = Literal["lcm", "ddim", "dpm++"]
 Spacing = Literal["leading", "trailing"]
 BetaSchedule = Literal["linear", "scaled_linear"]
+Fit = Literal["crop", "pad", "stretch"]
+"""How a picture comes to the video's size."""
 Target = Literal["diffusers", "animatediff", "kohya", "peft", "bundle"]
 """Formats of weights that can be written."""
 
@@ -32,6 +35,9 @@ class ModelSource:
     of them on the hub (owner/name, owner/name/FILE)."""
     style: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--lora"])] = ()
     """A LoRA, FILE or FILE:SCALE, or the name of one of the model's own styles; may be given several times."""
+    adapter: UseAppendAction[tuple[str, ...]] = ()
+    """NAME=PLACE: a ControlNet or T2I-Adapter (diffusers' folder or hub id) that reads maps of the kind NAME (canny,
+    edge, depth, pose, tile), or i2v=PLACE: an image encoder, also AnimateLCM's file; may be given several times."""
     image_scale: float = 1.0
     """Beta: how much of the model's image acceleration; 0.8 is a usual choice with styles."""
     teacher: bool = False
@@ -45,11 +51,20 @@ class ModelSource:
         """(file or name, scale) of each style. Raises ValueError where a scale is no number."""
         return [_scaled(text) for text in self.style]
 
+    def adapters(self) -> dict[str, str]:
+        """Name -> place of each adapter. Raises ValueError where one has no name."""
+        named = dict(text.partition("=")[::2] for text in self.adapter)
+        if odd := [name for name, place in named.items() if not re.fullmatch(r"\w+", name) or not place]:
+            raise ValueError(f"adapter {odd[0]!r} is not NAME=PLACE, such as canny=lllyasviel/control_v11p_sd15_canny")
+        return named
+
     def words(self) -> list[str]:
         """As the command line has it; defaults are left out."""
         words = ["--model", self.model, *(["--motion", self.motion] if self.motion else [])]
         for text in self.style:
             words += ["--style", text]
+        for text in self.adapter:
+            words += ["--adapter", text]
         words += ["--image-scale", _number(self.image_scale)] if self.image_scale != 1 else []
         words += ["--teacher"] if self.teacher else []
         words += ["--beta-schedule", self.beta_schedule] if self.beta_schedule else []
@@ -64,6 +79,34 @@ def _scaled(text: str) -> tuple[str, float]:
         return name, float(scale)
     except ValueError as error:
         raise ValueError(f"style {text!r}: {scale!r} is no scale; write FILE or FILE:0.8") from error
+
+
+class ControlSource(NamedTuple):
+    """One control as a request names it: which adapter reads it, how strongly, and in which part of the steps."""
+
+    name: str
+    file: str
+    ready: bool = False
+    """The file holds maps; else they are made from its frames."""
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> ControlSource:
+        """Read NAME=[map:]FILE[:SCALE[@START-END]]. Raises ValueError naming what is wrong."""
+        name, _, rest = text.partition("=")
+        ready, rest = rest.startswith("map:"), rest.removeprefix("map:")
+        found = re.fullmatch(r"(.+?)(?::(\d*\.?\d+)(?:@(\d*\.?\d+)-(\d*\.?\d+))?)?", rest)
+        if not re.fullmatch(r"\w+", name) or not found:
+            raise ValueError(
+                f"control {text!r} is not KIND=FILE, KIND=FILE:SCALE or KIND=FILE:SCALE@START-END, such as "
+                "edge=clip.mp4:0.8@0-0.5; for maps that are ready write KIND=map:FILE"
+            )
+        scale, start, end = float(found[2] or 1), float(found[3] or 0), float(found[4] or 1)
+        if not 0 <= start < end <= 1 or scale > 10:
+            raise ValueError(f"control {text!r}: give a scale of 0..10 and a part of the steps within 0-1")
+        return cls(name, found[1], ready, scale, start, end)
 
 
 def _number(value: float | None) -> str:
@@ -106,7 +149,30 @@ class SampleRequest:
     """Timesteps of ddim and dpm++: leading is Stable Diffusion's setting; trailing begins at pure noise, which is
     better below about ten steps."""
 
+    image: str = ""
+    """A picture to animate: its file. The model needs an image encoder (i2v)."""
+    fit: Fit = "crop"
+    """How the picture comes to the video's size: crop the middle, pad with its borders' colour, or stretch."""
+    motion_scale: float = 0.8
+    """With a picture: how much its frames may differ; 0 stands still."""
+    colour_match: float = 1.0
+    """With a picture: how far the frames' mean hue, saturation and value are moved to its own; 0 leaves them."""
+    control: UseAppendAction[tuple[str, ...]] = ()
+    """KIND=FILE: a video, a folder of images or an image whose layout to follow, read by the adapter of that name;
+    KIND=FILE:SCALE, KIND=FILE:SCALE@START-END for a part of the steps; KIND=map:FILE where the file holds maps."""
+    video: Annotated[str, arg(aliases=["--init-video"])] = ""
+    """A video to begin from, in place of noise alone."""
+    strength: float = 0.6
+    """With a video to begin from: how much of it is lost to noise; 1 is all."""
+
     def __post_init__(self) -> None:
+        ranges = {"motion_scale": (0, 4), "colour_match": (0, 1), "strength": (0, 1)}
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {least}..{most}")
+        if self.fit not in get_args(Fit):
+            raise ValueError(f"fit={self.fit!r} is not one of {', '.join(get_args(Fit))}")
+        self.controls()
         for name, most in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
@@ -131,6 +197,14 @@ class SampleRequest:
                 raise ValueError(f"{name}={value} is not a multiple of {cell}; the nearest is {nearest}")
         return full
 
+    def controls(self) -> list[ControlSource]:
+        """What ``control`` names, read. Raises ValueError for what is none."""
+        return [ControlSource.parse(text) for text in self.control]
+
+    def adapter_names(self) -> set[str]:
+        """The adapters that the request needs, by name."""
+        return {control.name for control in self.controls()} | ({"i2v"} if self.image else set())
+
     def singles(self) -> list[SampleRequest]:
         """One request a video, each with its own seed."""
         return [replace(self, seed=self.seed + i, num_videos_per_prompt=1) for i in range(self.num_videos_per_prompt)]
@@ -150,7 +224,8 @@ class Video:
 
     def recipe(self, source: ModelSource, version: str) -> dict[str, str]:
         """What is written into the file: every field of the request and of the model's source, version, the command."""
-        made = {**dataclasses.asdict(self.request), **dataclasses.asdict(source), "style": " ".join(source.style)}
+        made = {**dataclasses.asdict(self.request), **dataclasses.asdict(source)}
+        made |= {key: " ".join(made[key]) for key in ("style", "adapter", "control")}
         facts = {"animatelcm": version, "command": command(self.request, source)}
         return {key: str(value) for key, value in made.items()} | facts
 
@@ -164,4 +239,10 @@ def command(request: SampleRequest, source: ModelSource) -> str:
     words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]
     words += ["--seed", str(request.seed), "--sampler", str(request.sampler)]
     words += ["--spacing", request.spacing] if request.spacing != "leading" else []
+    for text in request.control:
+        words += ["--control", text]
+    if request.image:
+        words += ["--image", request.image, "--fit", request.fit, "--motion-scale", _number(request.motion_scale)]
+        words += ["--colour-match", _number(request.colour_match)]
+    words += ["--video", request.video, "--strength", _number(request.strength)] if request.video else []
     return shlex.join(words)

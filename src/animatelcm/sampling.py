@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from animatelcm.colour import aligned
+from animatelcm.condition import Condition, read, steering, to_pixels
 from animatelcm.consistency import consistency_function, renoise
 from animatelcm.model import VideoModel
 from animatelcm.request import SampleRequest, Video
@@ -33,52 +36,71 @@ def sample(
     request: SampleRequest,
     *,
     latents: Tensor | None = None,
+    condition: Condition | None = None,
     progress: Callable[[Preview], None] = lambda preview: None,
 ) -> list[Video]:
     """Make the videos of a request; ``progress`` is shown every step.
 
-    ``latents`` replaces the initial noise: (1, C, F, h, w) of variance 1. Each video depends on its own seed alone,
-    whatever ``num_videos_per_prompt`` is.
+    ``latents`` replaces the initial noise: (1, C, F, h, w) of variance 1. ``condition`` is what the request's files
+    hold, where they are read already, or pixels of no file. Each video depends on its own seed alone, whatever
+    ``num_videos_per_prompt`` is.
     """
-    singles = request.resolved(model.facts, model.downscale).singles()
-    return [_sample_one(model, single, latents, progress) for single in singles]
+    request = request.resolved(model.facts, model.downscale)
+    condition = read(request, model) if condition is None else condition
+    return [_sample_one(model, single, latents, condition, progress) for single in request.singles()]
 
 
 def _sample_one(
-    model: VideoModel, request: SampleRequest, latents: Tensor | None, progress: Callable[[Preview], None]
+    model: VideoModel,
+    request: SampleRequest,
+    latents: Tensor | None,
+    condition: Condition,
+    progress: Callable[[Preview], None],
 ) -> Video:
     began = time.perf_counter()
-    for preview in sample_steps(model, request, latents=latents):
+    for preview in sample_steps(model, request, latents=latents, condition=condition):
         latents = preview.latents
         progress(preview)
     assert latents is not None
-    assert request.num_inference_steps is not None
     denoised = time.perf_counter()
     with torch.inference_mode():
         frames = model.decode(latents)[0]
+    if condition.image is not None:
+        frames = aligned(frames, condition.image, request.colour_match)
     return Video(
         frames=frames,
         fps=model.facts.fps,
         request=request,
         model=model.facts.name,
-        evaluations=request.num_inference_steps * (2 if request.guidance_scale != 1 else 1),
+        evaluations=_taken(request, condition.video) * (2 if request.guidance_scale != 1 else 1),
         seconds={"denoise": denoised - began, "decode": time.perf_counter() - denoised},
     )
 
 
-def sample_steps(model: VideoModel, request: SampleRequest, *, latents: Tensor | None = None) -> Iterator[Preview]:
+def sample_steps(
+    model: VideoModel, request: SampleRequest, *, latents: Tensor | None = None, condition: Condition | None = None
+) -> Iterator[Preview]:
     """The steps of one video as they happen; the last preview holds the finished latents."""
     request = request.resolved(model.facts, model.downscale)
-    assert request.num_inference_steps is not None
+    condition = read(request, model) if condition is None else condition
+    total, walk = _taken(request, condition.video), SAMPLERS[request.sampler or "ddim"]
     x = initial_noise(model, request) if latents is None else latents.float()
     x = x.to(model.device)
-    walk = SAMPLERS[request.sampler or "ddim"]
     with torch.inference_mode():
-        walking = walk(_guided_eps(model, request), model.schedule, x, request)
-    for step in range(request.num_inference_steps):
+        eps = _guided_eps(model, request, condition, total)
+        start = model.encode(to_pixels(condition.video)) if condition.video is not None else None
+        walking = walk(eps, model.schedule, x, request, start)
+    for step in range(total):
         with torch.inference_mode():  # not around the yield: the mode must not leak into the caller
             x = next(walking)
-        yield Preview(step + 1, request.num_inference_steps, x)
+        yield Preview(step + 1, total, x)
+
+
+def _taken(request: SampleRequest, start: object | None) -> int:
+    """Steps that are walked: a sampler of many steps leaves out those before the noise of a video to begin from, as
+    diffusers' video-to-video does; one of few steps spreads all of them over the rest."""
+    steps = _steps(request)
+    return steps if start is None or request.sampler == "lcm" else max(1, int(steps * request.strength))
 
 
 def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
@@ -91,61 +113,84 @@ def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
     return torch.randn(shape, generator=generator(request.seed, 0, 0, "latents"))
 
 
-def _guided_eps(model: VideoModel, request: SampleRequest) -> Eps:
-    """The network with its text, guided where asked: both halves in one batch, [without text, with text]."""
+def _guided_eps(model: VideoModel, request: SampleRequest, condition: Condition, total: int) -> Eps:
+    """The network with its text and what steers it, guided where asked: both halves in one batch, [without text, with
+    text]."""
     scale = request.guidance_scale
     assert scale is not None
     assert request.num_frames is not None
-    motion = request.num_frames > 1
+    motion, steps = request.num_frames > 1, count()
+    steer = steering(model, request, condition)
+
+    def steered(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        step = next(steps)
+        hints = steer(x, t, text, step / total, (step + 1) / total)
+        return model.unet(x, t, **hints.arguments(text), motion=motion).float()
+
     if scale == 1:
         text = model.embed([request.prompt])
-        return lambda x, t: model.unet(x, t, text, motion=motion).float()
+        return lambda x, t: steered(x, t, text)
     both = model.embed([request.negative_prompt, request.prompt])
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = model.unet(torch.cat([x, x]), torch.cat([t, t]), both, motion=motion).float().chunk(2)
+        uncond, cond = steered(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return guided(cond, uncond, scale)
 
     return eps
 
 
-Walk = Callable[[Eps, NoiseSchedule, Tensor, SampleRequest], Iterator[Tensor]]
-"""(eps, schedule, x_T, resolved request) -> the latents after each step."""
+Walk = Callable[[Eps, NoiseSchedule, Tensor, SampleRequest, Tensor | None], Iterator[Tensor]]
+"""(eps, schedule, noise, resolved request, clean latents to begin from or None) -> the latents after each step."""
 
 
-def _ddim(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest) -> Iterator[Tensor]:
-    times = schedule.ddim_timesteps(_steps(request), request.spacing).tolist()
+def _ddim(
+    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, start: Tensor | None
+) -> Iterator[Tensor]:
+    times = schedule.ddim_timesteps(_steps(request), request.spacing).tolist()[-_taken(request, start) :]
+    x = _begun(x, start, times[0], schedule)
     for t, s in zip(times, [*times[1:], 0], strict=True):
         t_b, s_b = x.new_full((len(x),), t, dtype=torch.long), x.new_full((len(x),), s, dtype=torch.long)
         x = ddim_step(x, eps(x, t_b), schedule.level(t_b), schedule.level(s_b))
         yield x
 
 
-def _consistency(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest) -> Iterator[Tensor]:
+def _consistency(
+    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, start: Tensor | None
+) -> Iterator[Tensor]:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): jump to x_0, noise again, jump again."""
-    count = _steps(request)
-    times = schedule.lcm_timesteps(count).tolist()
+    times = schedule.lcm_timesteps(_steps(request), 1.0 if start is None else request.strength).tolist()
+    x = _begun(x, start, times[0], schedule)
     for step, t in enumerate(times):
         t_b = x.new_full((len(x),), t, dtype=torch.long)
         x_0 = consistency_function(x, eps(x, t_b), t_b, schedule)
-        if step + 1 < count:
+        if step + 1 < len(times):
             noise = torch.randn(x.shape, generator=generator(request.seed, step + 1, 0, "latents")).to(x.device)
             x = renoise(x_0, noise, x.new_full((len(x),), times[step + 1], dtype=torch.long), schedule)
-        else:
-            x = x_0
-        yield x if step + 1 == count else x_0
+        yield x_0
 
 
-def _dpm(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest) -> Iterator[Tensor]:
+def _dpm(
+    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, start: Tensor | None
+) -> Iterator[Tensor]:
     """DPM-Solver++ 2M, diffusers' scheduler."""
     from diffusers import DPMSolverMultistepScheduler
 
     config = {**schedule.to_diffusers(), "timestep_spacing": request.spacing}
     scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
     scheduler.set_timesteps(_steps(request), device=x.device)
-    for t in scheduler.timesteps:
+    first = len(scheduler.timesteps) - _taken(request, start)
+    scheduler.set_begin_index(first)
+    x = _begun(x, start, int(scheduler.timesteps[first]), schedule)
+    for t in scheduler.timesteps[first:]:
         x = scheduler.step(eps(x, t.expand(len(x))), t, x).prev_sample
         yield x
+
+
+def _begun(noise: Tensor, start: Tensor | None, t: int, schedule: NoiseSchedule) -> Tensor:
+    """Where a walk begins: noise, or a video under the noise of its first timestep (SDEdit, Meng et al. 2022)."""
+    if start is None:
+        return noise
+    return schedule.add_noise(start, noise, noise.new_full((len(noise),), t, dtype=torch.long))
 
 
 def _steps(request: SampleRequest) -> int:

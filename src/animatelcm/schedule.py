@@ -81,16 +81,18 @@ class NoiseSchedule:
         _check_steps("n", n, self.num_train_timesteps)
         return torch.arange(1, n + 1, device="cpu") * (self.num_train_timesteps // n) - 1
 
-    def lcm_timesteps(self, steps: int) -> Tensor:
+    def lcm_timesteps(self, steps: int, strength: float = 1.0) -> Tensor:
         """The timesteps a consistency sampler visits, descending, all on the distilled grid.
 
-        Those of diffusers' `LCMScheduler.set_timesteps(steps, original_inference_steps=solver_steps)`.
+        Those of diffusers' `LCMScheduler.set_timesteps(steps, original_inference_steps=solver_steps)`; `strength`
+        below 1 leaves out the noisiest share of the grid, for a video to begin from.
         """
-        _check_steps("steps", steps, self.solver_steps)
+        grid = self.sparse_timesteps()[: int(self.solver_steps * strength)].flip(0)
+        _check_steps("steps", steps, len(grid))
         # In floating point and rounded down on purpose, as there: the exact fraction differs for some pairs.
-        stride = self.solver_steps / steps
+        stride = len(grid) / steps
         indices = (torch.arange(steps, dtype=torch.float64, device="cpu") * stride).long()
-        return self.sparse_timesteps().flip(0)[indices]
+        return grid[indices]
 
     def ddim_timesteps(self, steps: int, spacing: Spacing = "leading") -> Tensor:
         """The timesteps a DDIM sampler visits, descending; after the last it goes to timestep 0.

@@ -1,0 +1,212 @@
+"""What steers a video beside its text: a picture to animate, layouts to follow, a video to begin from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from animatelcm import control_maps, images
+from animatelcm.model import VideoModel
+from animatelcm.nets.adapters import NOTHING, Adapter, Clues, Hints
+from animatelcm.request import SampleRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LOG = logging.getLogger(__name__)
+IMAGE = "i2v"
+"""The name of the adapter that sees a picture."""
+
+Steer = Callable[[Tensor, Tensor, Tensor, float, float], Hints]
+"""(x_t (B, C, F, h, w), t (B,), text (B, L, D), begin and end of the step as shares of all steps) -> hints."""
+
+
+class Control(NamedTuple):
+    """A layout: control maps uint8 (F, H, W, 3), and the adapter that reads them, by its name in the model."""
+
+    name: str
+    maps: np.ndarray
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """Pixels that steer a video, all of its size; None or empty where there are none."""
+
+    image: np.ndarray | None = None
+    """A picture to animate, uint8 (H, W, 3)."""
+    controls: tuple[Control, ...] = ()
+    video: np.ndarray | None = None
+    """A video to begin from, uint8 (F, H, W, 3)."""
+
+
+def read(request: SampleRequest, model: VideoModel) -> Condition:
+    """The files that a resolved request names, at its size; what is taken of videos is logged.
+
+    Raises ValueError where a file cannot be read, or the model has no adapter for it.
+    """
+    for name in sorted(request.adapter_names()):
+        _check_adapter(model, name)
+    if request.video:
+        _check_strength(model, request)
+    assert request.height is not None
+    assert request.width is not None
+    image = None
+    if request.image:
+        image = images.fitted(images.read_image(request.image), request.height, request.width, request.fit)
+    controls = [
+        Control(c.name, _frames(request, model, c.file, c.name, ready=c.ready), c.scale, c.start, c.end)
+        for c in request.controls()
+    ]
+    video = _frames(request, model, request.video, "tile", ready=True) if request.video else None
+    return Condition(image=image, controls=tuple(controls), video=video)
+
+
+def with_pixels(
+    condition: Condition,
+    request: SampleRequest,
+    *,
+    image: Image | np.ndarray | None = None,
+    control: Mapping[str, np.ndarray] | Sequence[Control] = (),
+    video: np.ndarray | None = None,
+) -> Condition:
+    """A condition with pixels of no file added, brought to a resolved request's size as those of files are.
+
+    ``image``: a PIL image or uint8 (H, W, 3); ``video``: uint8 (F, H, W, 3). ``control``: frames uint8 (F, H, W, 3) by
+    kind, from which maps are made (depth and pose are maps already), or ``Control``s, whose maps are taken as they are.
+    The last frame holds where there are too few. Raises ValueError for pixels of another type or shape.
+    """
+    if isinstance(control, Mapping):
+        control = [Control(name, _maps(name, frames)) for name, frames in control.items()]
+    controls = tuple(part._replace(maps=_sized(part.maps, request)) for part in control)
+    return replace(
+        condition,
+        image=condition.image if image is None else _picture(image, request),
+        controls=condition.controls + controls,
+        video=condition.video if video is None else _sized(video, request),
+    )
+
+
+def _maps(kind: str, frames: np.ndarray) -> np.ndarray:
+    return frames if kind in control_maps.FOUND_ELSEWHERE else control_maps.made(kind, frames)
+
+
+def _picture(image: Image | np.ndarray, request: SampleRequest) -> np.ndarray:
+    assert request.height is not None
+    assert request.width is not None
+    from PIL import ImageOps
+
+    pixels = image if isinstance(image, np.ndarray) else images.rgb(ImageOps.exif_transpose(image))
+    return images.fitted(pixels, request.height, request.width, request.fit)
+
+
+def _sized(frames: np.ndarray, request: SampleRequest) -> np.ndarray:
+    assert request.num_frames is not None
+    assert request.height is not None
+    assert request.width is not None
+    taken = images.checked_pixels(frames, 4)[: request.num_frames]
+    fitted = [images.fitted(frame, request.height, request.width, "crop") for frame in taken]
+    return np.stack([*fitted, *fitted[-1:] * (request.num_frames - len(fitted))])
+
+
+def lacking(name: str, known: Collection[str]) -> ValueError:
+    """What to raise where a model has only the ``known`` adapters, and another is asked for."""
+    needs = "an image encoder (i2v)" if name == IMAGE else f"an adapter that reads {name} maps"
+    there = ", ".join(sorted(known)) or "none"
+    return ValueError(f"{needs} is needed, and this model's adapters are: {there}; add one with --adapter {name}=PLACE")
+
+
+def _check_adapter(model: VideoModel, name: str) -> None:
+    if name not in model.adapters:
+        raise lacking(name, model.adapters)
+
+
+def _check_strength(model: VideoModel, request: SampleRequest) -> None:
+    """An lcm sampler spreads all of its steps over that share of its grid which ``strength`` leaves."""
+    grid, steps = model.schedule.solver_steps, request.num_inference_steps
+    assert steps is not None
+    left = int(grid * request.strength)
+    if request.sampler == "lcm" and left < steps <= grid:
+        enough = math.ceil(1000 * steps / grid) / 1000
+        enough += 0.001 * (int(grid * enough) < steps)
+        raise ValueError(
+            f"strength={request.strength:g} leaves {left} of the {grid} timesteps that this model's lcm sampler knows, "
+            f"too few for {steps} steps; take fewer steps, or a strength of {enough:g} at least"
+        )
+
+
+def _frames(request: SampleRequest, model: VideoModel, file: str, kind: str, *, ready: bool) -> np.ndarray:
+    assert request.num_frames is not None
+    assert request.height is not None
+    assert request.width is not None
+    size = {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+    frames, said = control_maps.read(file, kind, ready=ready, fps=model.facts.fps, **size)
+    LOG.info("%s", said)
+    return frames
+
+
+@torch.inference_mode()
+def steering(model: VideoModel, request: SampleRequest, condition: Condition) -> Steer:
+    """The condition as hints for any evaluation of the network; what no step changes is computed once.
+
+    Raises ValueError where the model lacks an adapter, or pixels have another size than the request's.
+    """
+    _check_sizes(request, condition)
+    if condition.video is not None:
+        _check_strength(model, request)
+    parts: list[tuple[Adapter, Clues, Control]] = []
+    if condition.image is not None:
+        pixels = to_pixels(condition.image[None]).to(model.device)
+        clues = Clues(image=model.encode(pixels)[:, :, 0], pixels=pixels[:, :, 0])
+        parts.append((_adapter(model, IMAGE, request.motion_scale), clues, Control(IMAGE, condition.image)))
+    for control in condition.controls:
+        maps = to_pixels(control.maps).add(1).div(2).to(model.device)
+        parts.append((_adapter(model, control.name), Clues(maps=maps), control))
+    steady: dict[int, Hints] = {}
+
+    def steer(x: Tensor, t: Tensor, text: Tensor, begin: float, end: float) -> Hints:
+        hints = NOTHING
+        for i, (adapter, clues, control) in enumerate(parts):
+            if begin < control.start or end > control.end:
+                continue
+            if not adapter.steady:
+                found = adapter(x, t, text, clues.repeated(len(x)))
+            else:
+                if i not in steady:
+                    steady[i] = adapter(x[:1], t[:1], text[:1], clues)
+                found = steady[i].repeated(len(x))
+            hints = hints.merged(found.times(control.scale) if control.scale != 1 else found)
+        return hints
+
+    return steer
+
+
+def _adapter(model: VideoModel, name: str, motion_scale: float = 0.0) -> Adapter:
+    _check_adapter(model, name)
+    return Adapter(model.adapters[name], motion_scale=motion_scale).eval()
+
+
+def _check_sizes(request: SampleRequest, condition: Condition) -> None:
+    size, frames = (request.height, request.width), request.num_frames
+    given = {"the picture": condition.image, "the video to begin from": condition.video}
+    given |= {f"control {control.name}": control.maps for control in condition.controls}
+    for what, pixels in given.items():
+        if pixels is None:
+            continue
+        wanted = (*size, 3) if what == "the picture" else (frames, *size, 3)
+        if pixels.shape != wanted or pixels.dtype != np.uint8:
+            raise ValueError(f"{what} is {pixels.dtype} {pixels.shape}; give uint8 {wanted}, as the video will be")
+
+
+def to_pixels(frames: np.ndarray) -> Tensor:
+    """uint8 (F, H, W, 3) -> (1, 3, F, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
