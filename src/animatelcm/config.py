@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 DataKind = Literal["emoji-images", "emoji-clips", "folder"]
 Objective = Literal["autoencoder", "diffusion", "consistency"]
-Trainable = Literal["autoencoder", "image", "motion", "lora"]
+Trainable = Literal["autoencoder", "image", "motion", "lora", "adapter"]
+AdapterKind = Literal["image", "image_tokens", "t2i_adapter", "controlnet"]
 LCM_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -68,6 +69,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A network beside the UNet that shows it something: a picture, or a layout."""
+
+    name: str = "i2v"
+    """Of its folder in the bundle; of one that reads layouts, the kind of maps that it reads (edge, pose, depth)."""
+    kind: AdapterKind = "image"
+    """image: AnimateLCM's encoder of a picture; image_tokens: its cells as words, for comparison; t2i_adapter,
+    controlnet: diffusers' networks."""
+    sees: Literal["latent", "pixels"] = "latent"
+    """Of kind image: what goes in."""
+    spread: Literal["repeat", "first"] = "repeat"
+    """Of kind image: the picture at every frame, or at the first one alone."""
+    motion_scale: float = 0.8
+    """Of kind image: how strong the frames' positions are."""
+
+    @property
+    def reads_maps(self) -> bool:
+        return self.kind in ("t2i_adapter", "controlnet")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
     """Consistency distillation (AnimateLCM, section 4; the names of its symbols)."""
 
@@ -90,6 +112,8 @@ class ConsistencyConfig:
     """Decay with which a frozen LoRA reaches the target; None: mu, as if the merged weights were averaged."""
     target: Literal["ema", "online"] = "ema"
     """Who makes the target: the average, or the student itself without gradient."""
+    earlier: Literal["teacher", "noise"] = "teacher"
+    """Who makes the earlier point: the teacher's guided step (eq. 8), or the clip's own noise (eq. 12: no teacher)."""
     init: Literal["ema", "direct"] = "ema"
     """How a frozen LoRA comes to an averaged target: by averaging (the paper's initialisation strategy), or at once."""
     decouple: bool = True
@@ -123,6 +147,8 @@ class TrainConfig:
     """Noise to train under, where it is not the model's own: AnimateDiff's is linear, Stable Diffusion's is not."""
     lora: LoraConfig | None = None
     """LoRA layers to train; where only temporal layers train, those of the model's stage 1 are there, frozen."""
+    adapter: AdapterConfig | None = None
+    """The adapter to train, from scratch, or with ``lora`` by LoRA layers on the one of the model."""
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     """For objective "consistency"."""
     out: Path = Path("runs/out")
@@ -165,12 +191,16 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if self.data.kind == "emoji-images" and self.trainable == "motion":
             raise ValueError('trainable="motion" needs clips; choose data.kind "emoji-clips" or "folder"')
-        if self.objective == "consistency" and self.trainable not in ("lora", "motion"):
-            raise ValueError(f'objective="consistency" trains "lora" or "motion", not {self.trainable!r}')
-        if self.trains_lora != (self.lora is not None):
+        if self.objective == "consistency" and self.trainable not in ("lora", "motion", "adapter"):
+            raise ValueError(f'objective="consistency" trains "lora", "motion" or "adapter", not {self.trainable!r}')
+        if (self.trainable == "adapter") != (self.adapter is not None):
+            raise ValueError('adapter describes what trains: give it with trainable="adapter", only there')
+        if self.trainable != "adapter" and self.trains_lora != (self.lora is not None):
             raise ValueError(
-                'lora describes what trains: give it with trainable="lora" or without decoupling, only there'
+                'lora describes what trains: give it with trainable="lora", "adapter" or without decoupling, only there'
             )
+        if self.objective == "consistency" and self.consistency.earlier == "noise" and self.trainable != "adapter":
+            raise ValueError('consistency.earlier="noise" is for trainable="adapter"; others have a teacher')
 
     @property
     def trains_lora(self) -> bool:

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatelcm.config import ConsistencyConfig
-from animatelcm.consistency import consistency_function
+from animatelcm.consistency import consistency_function, renoise
 from animatelcm.data.batches import ClipBatch
 from animatelcm.losses import mse, pseudo_huber, pseudo_huber_norm, step_weight
+from animatelcm.nets.adapters import Adapter, Clues
 from animatelcm.nets.emoji import LATENT_NOISE
+from animatelcm.roles import Role, Roles
 from animatelcm.solver import DDIMSolver, guided_eps, to_x0
 
 if TYPE_CHECKING:
     from animatelcm.model import VideoModel
-    from animatelcm.roles import Role, Roles
 
 DISTANCES = {"elements": pseudo_huber, "clip": pseudo_huber_norm}
 
@@ -42,13 +43,14 @@ def diffusion(
     timestep_shift: float = 1.0,
     max_weight: float = 1.0,
     word_weight: float = 0.0,
+    adapter: Adapter | None = None,
 ) -> Terms:
     """Mean squared error of the predicted noise (DDPM), on images (F = 1, no temporal layers) and on clips.
 
     The text of a clip is dropped with probability ``text_dropout``, which is what guidance needs. Timesteps are
     uniform, or pushed towards noise by ``timestep_shift`` > 1 (``shifted_draw``). ``max_weight`` > 1 weights each clip
     as the error of v would (1 + 1 / SNR, Salimans and Ho 2022), up to that bound. ``word_weight`` > 0 adds that much of
-    ``illegibility``, for a text encoder that trains too.
+    ``illegibility``, for a text encoder that trains too. ``adapter`` gives its hints to the network.
     """
     x_0 = latents(model, batch)
     size, frames = x_0.shape[0], x_0.shape[2]
@@ -56,7 +58,8 @@ def diffusion(
     text = model.embed(captions)
     t = shifted_draw(model.schedule.num_train_timesteps, size, timestep_shift, draw("timestep")).to(x_0.device)
     eps = torch.randn(x_0.shape, generator=draw("noise")).to(x_0.device)
-    predicted = model.unet(model.schedule.add_noise(x_0, eps, t), t, text, motion=frames > 1)
+    x_t = model.schedule.add_noise(x_0, eps, t)
+    predicted = Role(model.unet, adapter=adapter)(x_t, t, text, motion=frames > 1, clues=clues(batch, x_0))
     error = mse(predicted - eps)
     weight = model.schedule.level(t).alpha.square().reciprocal().clamp(max=max_weight)
     loss, logs = weight * error, {"mse": error.mean().detach()}
@@ -91,23 +94,30 @@ def consistency(
 
     A clip is noised to t_{n+1}, n uniform, or pushed towards noise by ``timestep_shift`` > 1. The teacher, guided with
     w ~ U[w_min, w_max], leads it one solver step back (eq. 7, 8); the student's prediction of x_0 there is pulled to
-    the target's from the earlier point.
+    the target's from the earlier point. Without a teacher the earlier point is the same clip with less of the same
+    noise (section 4.3, eq. 12).
     """
     x_0 = latents(model, batch)
-    size, motion = x_0.shape[0], x_0.shape[2] > 1
+    size, motion, seen = x_0.shape[0], x_0.shape[2] > 1, clues(batch, x_0)
     solver = DDIMSolver(model.schedule, config.solver_steps, config.k)
     index = shifted_draw(config.solver_steps, size, timestep_shift, draw("timestep")).to(x_0.device)
     eps = torch.randn(x_0.shape, generator=draw("noise")).to(x_0.device)
-    w = torch.rand(size, generator=draw("guidance")) * (config.w_max - config.w_min) + config.w_min
     t, s = solver.times(index)
     x_t = model.schedule.add_noise(x_0, eps, t)
     text = model.embed(batch.captions)
 
-    predicted = consistency_function(x_t, roles.student(x_t, t, text, motion=motion).float(), t, model.schedule)
+    noise = roles.student(x_t, t, text, motion=motion, clues=seen).float()
+    predicted = consistency_function(x_t, noise, t, model.schedule)
     with torch.no_grad():
-        solved = _guided(roles.teacher, x_t, t, text, model.embed([""]), w.to(x_0.device), motion=motion)
-        x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
-        target = consistency_function(x_s, roles.target(x_s, s, text, motion=motion).float(), s, model.schedule)
+        if roles.teacher is None:
+            x_s = renoise(x_0, eps, s, model.schedule)
+        else:
+            w = torch.rand(size, generator=draw("guidance")) * (config.w_max - config.w_min) + config.w_min
+            texts = torch.cat([model.embed([""]).expand_as(text), text])
+            solved = _guided(roles.teacher, x_t, t, texts, w.to(x_0.device), motion=motion, seen=seen)
+            x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
+        noise = roles.target(x_s, s, text, motion=motion, clues=seen).float()
+        target = consistency_function(x_s, noise, s, model.schedule)
     distance = DISTANCES[config.distance](predicted - target, config.huber_c)
     weight = step_weight(index, config.solver_steps, config.delta, config.gamma)
     return Terms(weight * distance, {"mse": mse(predicted.detach() - target).mean()})
@@ -123,11 +133,17 @@ def shifted_draw(count: int, size: int, shift: float, source: torch.Generator) -
     return (count * shift * u / (1 + (shift - 1) * u)).long().clamp(max=count - 1)
 
 
-def _guided(role: Role, x: Tensor, t: Tensor, text: Tensor, no_text: Tensor, w: Tensor, *, motion: bool) -> Tensor:
-    """Predicted noise guided by w (B,), both halves in one batch, [without text, with text]."""
-    both = torch.cat([no_text.expand_as(text), text])
-    uncond, cond = role(torch.cat([x, x]), torch.cat([t, t]), both, motion=motion).float().chunk(2)
+def _guided(role: Role, x: Tensor, t: Tensor, texts: Tensor, w: Tensor, *, motion: bool, seen: Clues) -> Tensor:
+    """Predicted noise guided by w (B,), both halves in one batch; texts (2 B, L, D) are [without text, with text]."""
+    both = role(torch.cat([x, x]), torch.cat([t, t]), texts, motion=motion, clues=seen.repeated(2)).float()
+    uncond, cond = both.chunk(2)
     return guided_eps(cond, uncond, w=w)
+
+
+def clues(batch: ClipBatch, x_0: Tensor) -> Clues:
+    """What adapters may look at: the first frame's latent, its pixels and control maps where the batch has them."""
+    pixels, maps = (None if found is None else found.to(x_0.device) for found in (batch.first, batch.maps))
+    return Clues(image=x_0[:, :, 0], pixels=pixels, maps=maps)
 
 
 @torch.no_grad()

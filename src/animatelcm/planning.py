@@ -11,16 +11,20 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from animatelcm.config import LCM_TARGETS, LoraConfig, TrainConfig
 from animatelcm.nets import emoji, lora, sd15
+from animatelcm.nets.adapters import Adapter, Clues
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.roles import Role
+from animatelcm.stages import checkpoint, fresh_adapter
 
 GIB = 2**30
+ADAPTER = "adapter."
 Inputs = tuple[Tensor, Tensor, Tensor]
 """Latents (B, C, F, h, w), timesteps (B,), text (B, L, D)."""
 
@@ -74,14 +78,17 @@ def plan(config: TrainConfig) -> Plan:
     shapes = EMOJI if _of_miniature(config) else SD15
     with torch.device("meta"):
         inputs = _inputs(config, shapes)
-        unet = _network(config, shapes, motion=inputs[0].shape[2] > 1)
-    forward, backward, kept = _count(unet, inputs)
-    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+        role = _student(config, shapes, motion=inputs[0].shape[2] > 1)
+        clues = _clues(config, inputs[0], shapes)
+    forward, backward, kept = _count(role, inputs, clues)
+    sizes = {name: parameter.numel() for name, parameter in _parameters(role)}
     trained = {name: size for name, size in sizes.items() if _trains(config, name)}
     distils = config.objective == "consistency"
-    evaluations = 4 if distils else 1  # the student's, the target's, the teacher's with and without text
+    taught = distils and config.consistency.earlier == "teacher"
+    evaluations = 4 if taught else 2 if distils else 1  # the student's, the target's, the teacher's two
     copies = 5 if distils else 4  # gradient, two moments, the average that is sampled, and the target
-    teacher = sum(size for name, size in trained.items() if distils and "motion_modules" in name)
+    second = taught and config.trainable != "lora"  # temporal layers beside the live ones
+    teacher = sum(size for name, size in sizes.items() if second and "motion_modules" in name)
     every, updated = sum(sizes.values()), sum(trained.values())
     return Plan(
         parameters=every,
@@ -109,15 +116,36 @@ def _inputs(config: TrainConfig, shapes: Shapes) -> Inputs:
     )
 
 
-def _network(config: TrainConfig, shapes: Shapes, *, motion: bool) -> VideoUNet:
-    """The network of a run, with what trains asking for gradients."""
-    unet = VideoUNet(shapes.unet, shapes.motion if motion else None)
-    if (layers := _lora(config, shapes)) is not None:
+def _student(config: TrainConfig, shapes: Shapes, *, motion: bool) -> Role:
+    """The network of a run and its adapter, with what trains asking for gradients."""
+    unet, adapter = VideoUNet(shapes.unet, shapes.motion if motion else None), None
+    layers = _lora(config, shapes)
+    if config.adapter is not None:
+        options = {"latent_channels": shapes.unet.in_channels, "downscale": shapes.downscale}
+        adapter = Adapter(fresh_adapter(config.adapter, shapes.unet, **options))
+    elif layers is not None:
         lora.inject(unet, rank=layers.rank, alpha=layers.alpha, targets=layers.targets)
+    if adapter is not None and config.lora is not None:
+        lora.inject(adapter, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
     unet.enable_gradient_checkpointing(config.gradient_checkpointing)
-    for name, parameter in unet.named_parameters():
+    if adapter is not None:
+        checkpoint(adapter.network, config.gradient_checkpointing)
+    role = Role(unet, adapter=adapter)
+    for name, parameter in _parameters(role):
         parameter.requires_grad_(_trains(config, name))
-    return unet
+    return role
+
+
+def _parameters(role: Role) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from role.network.named_parameters()
+    if role.adapter is not None:
+        yield from ((ADAPTER + name, parameter) for name, parameter in role.adapter.named_parameters())
+
+
+def _clues(config: TrainConfig, latents: Tensor, shapes: Shapes) -> Clues:
+    batch, _, frames, height, width = latents.shape
+    height, width = height * shapes.downscale, width * shapes.downscale
+    return Clues(latents[:, :, 0], torch.empty(batch, 3, height, width), torch.empty(batch, 3, frames, height, width))
 
 
 def _lora(config: TrainConfig, shapes: Shapes) -> LoraConfig | None:
@@ -128,12 +156,14 @@ def _lora(config: TrainConfig, shapes: Shapes) -> LoraConfig | None:
 
 
 def _trains(config: TrainConfig, name: str) -> bool:
+    if name.startswith(ADAPTER):
+        return config.trainable == "adapter" and (config.lora is None or ".lora_" in name)
     if ".lora_A." in name or ".lora_B." in name:
         return config.trains_lora
     return config.trainable == ("motion" if "motion_modules" in name else "image")
 
 
-def _count(unet: VideoUNet, inputs: Inputs) -> tuple[int, int, int]:
+def _count(role: Role, inputs: Inputs, clues: Clues) -> tuple[int, int, int]:
     """FLOPs of a forward and of its backward pass, and the bytes in float32 that the first keeps for the second."""
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -144,12 +174,16 @@ def _count(unet: VideoUNet, inputs: Inputs) -> tuple[int, int, int]:
 
     with FlopCounterMode(display=False) as counter, _fused_attention():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = unet(*inputs, motion=unet.motion is not None).sum()
+            loss = role(*inputs, motion=role.network.motion is not None, clues=clues).sum()
         forward = counter.get_total_flops()
         loss.backward()
-    weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+    weights = {parameter.untyped_storage()._cdata for _, parameter in _parameters(role)}
     kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
     return forward, counter.get_total_flops() - forward, kept
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 @contextmanager
@@ -158,7 +192,7 @@ def _fused_attention() -> Iterator[None]:
     matrix products, which keep every attention weight for the backward pass."""
     spelled_out = F.scaled_dot_product_attention
     # A TorchFunctionMode would not reach what checkpointing computes again: it is off during a backward pass.
-    F.scaled_dot_product_attention = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    F.scaled_dot_product_attention = _flash
     try:
         yield
     finally:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from animatelcm.config import LCM_TARGETS, ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
+from animatelcm.config import (
+    LCM_TARGETS,
+    AdapterConfig,
+    ConsistencyConfig,
+    DataConfig,
+    LoraConfig,
+    TrainConfig,
+)
 
 PROMPTS = (
     "a parrot",
@@ -27,6 +34,8 @@ MOTION_PROMPTS = (
     "a 3d octopus on a green background",
     "a cartoon hamburger growing",
 )
+T2I_TARGETS = ("conv_in", "in_conv", "block1", "block2")
+"""Every convolution of a T2I-Adapter."""
 
 
 def vae_emoji() -> TrainConfig:
@@ -175,6 +184,80 @@ def video_lcm_coupled_emoji() -> TrainConfig:
     )
 
 
+def i2v_emoji() -> TrainConfig:
+    """Image-to-video on the miniature: AnimateLCM's encoder of a picture, from scratch, without a teacher."""
+    return TrainConfig(
+        name="i2v_emoji",
+        objective="consistency",
+        trainable="adapter",
+        model="emoji",
+        data=DataConfig(kind="emoji-clips", length=6_000),
+        adapter=AdapterConfig(name="i2v", kind="image"),
+        consistency=ConsistencyConfig(earlier="noise", k=100),
+        steps=1_000,
+        batch_size=4,
+        learning_rate=2e-3,
+        lr_schedule="onecycle",
+        timestep_shift=2.0,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        text_dropout=0.0,
+        warmup_steps=50,
+    )
+
+
+def t2i_adapter_emoji() -> TrainConfig:
+    """A T2I-Adapter of the miniature that reads soft edges, on images, beside the many-step model."""
+    return TrainConfig(
+        name="t2i_adapter_emoji",
+        objective="diffusion",
+        trainable="adapter",
+        model="emoji",
+        data=DataConfig(kind="emoji-images", length=12_000),
+        adapter=AdapterConfig(name="edge", kind="t2i_adapter"),
+        steps=600,
+        batch_size=32,
+        learning_rate=1e-3,
+        lr_schedule="onecycle",
+        timestep_shift=2.0,
+        max_loss_weight=100.0,
+        weight_decay=0.0,
+        ema_decay=0.99,
+        warmup_steps=50,
+    )
+
+
+def controlnet_emoji() -> TrainConfig:
+    """A ControlNet of the miniature that reads keypoints, on images, beside the many-step model."""
+    config = t2i_adapter_emoji()
+    adapter = AdapterConfig(name="pose", kind="controlnet")
+    return replace(config, name="controlnet_emoji", adapter=adapter, learning_rate=5e-4)
+
+
+def t2i_adapter_lora_emoji() -> TrainConfig:
+    """The T2I-Adapter made fit for few-step videos: LoRA layers on it, learned on clips without a teacher."""
+    return replace(
+        i2v_emoji(),
+        name="t2i_adapter_lora_emoji",
+        model="runs/out/t2i_adapter_emoji/model",
+        adapter=t2i_adapter_emoji().adapter,
+        lora=LoraConfig(name="edge", rank=16, alpha=16.0, targets=T2I_TARGETS),
+        steps=400,
+        learning_rate=1e-3,
+    )
+
+
+def controlnet_lora_emoji() -> TrainConfig:
+    """The ControlNet made fit for few-step videos, the same way."""
+    return replace(
+        t2i_adapter_lora_emoji(),
+        name="controlnet_lora_emoji",
+        model="runs/out/controlnet_emoji/model",
+        adapter=controlnet_emoji().adapter,
+        lora=LoraConfig(name="pose", rank=16, alpha=16.0, targets=LCM_TARGETS[:10]),
+    )
+
+
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -237,3 +320,29 @@ def video_lcm_sd15_n100() -> TrainConfig:
     """Stage 2 on the grid of the released weights: N = 100 (4 steps: 999, 749, 499, 249)."""
     config = video_lcm_sd15()
     return replace(config, name="video_lcm_sd15_n100", consistency=replace(config.consistency, solver_steps=100))
+
+
+def i2v_sd15() -> TrainConfig:
+    """Image-to-video on Stable Diffusion 1.5, on the grid and the noise of the released i2v weights (N = 200)."""
+    config = video_lcm_sd15()
+    return replace(
+        config,
+        name="i2v_sd15",
+        trainable="adapter",
+        model="runs/out/video_lcm_sd15/model",
+        motion=None,
+        adapter=AdapterConfig(name="i2v", kind="image"),
+        consistency=ConsistencyConfig(earlier="noise", solver_steps=200),
+        learning_rate=1e-5,
+    )
+
+
+def controlnet_lora_sd15() -> TrainConfig:
+    """A ControlNet for canny edges, put into the model folder's adapters/canny, made fit for few-step videos."""
+    return replace(
+        i2v_sd15(),
+        name="controlnet_lora_sd15",
+        adapter=AdapterConfig(name="canny", kind="controlnet"),
+        consistency=ConsistencyConfig(earlier="noise"),
+        lora=LoraConfig(name="canny", rank=64, alpha=64.0, targets=LCM_TARGETS[:10]),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -13,29 +14,39 @@ from animatelcm import objectives
 from animatelcm.assembly import with_temporal_layers
 from animatelcm.bundle import load, write_named_lora
 from animatelcm.checkpoint import TrainState
-from animatelcm.config import TrainConfig
+from animatelcm.config import AdapterConfig, TrainConfig
 from animatelcm.data.batches import ClipBatch
 from animatelcm.hub import MOTION_FILES, find
 from animatelcm.miniature import fresh
 from animatelcm.model import VideoModel, with_motion
 from animatelcm.nets import emoji as shapes
 from animatelcm.nets import lora
+from animatelcm.nets.adapters import Adapter, begin_as_copy, controlnet, t2i_adapter
+from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from animatelcm.nets.motion import MotionConfig
+from animatelcm.nets.unet import UNetConfig
 from animatelcm.objectives import Draw, Terms
-from animatelcm.roles import consistency_roles
+from animatelcm.roles import adapter_roles, consistency_roles
+from animatelcm.weights.fuse import fused
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
 
 FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "lcm"}
 """How a distilled model is sampled."""
 
 
 def starting_model(config: TrainConfig) -> VideoModel:
-    """The many-step model with what will train in it: fresh temporal or LoRA layers, or those of stage 1.
+    """The model with what will train in it: fresh temporal or LoRA layers, those of stage 1, or an adapter.
 
+    The many-step model, but for adapters that are trained without a teacher: these stand beside the few-step one.
     Raises ValueError where a distillation lacks what it distils.
     """
-    model = fresh(config.seed) if config.model == "new" else load(config.model, teacher=True)
+    model = fresh(config.seed) if config.model == "new" else load(config.model, teacher=_many_steps(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if config.adapter is not None:
+            return _with_adapter(config, model)
         model = _with_temporal_layers(config, model)
         if config.lora is not None:
             lora.inject(model.unet, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
@@ -43,11 +54,84 @@ def starting_model(config: TrainConfig) -> VideoModel:
         model = replace(model, schedule=replace(model.schedule, beta_schedule=config.beta_schedule))
     if config.objective == "consistency":
         model = _to_distil(config, model)
+    return _frozen_but(config, model)
+
+
+def _many_steps(config: TrainConfig) -> bool:
+    return config.adapter is None or config.objective != "consistency" or config.consistency.earlier == "teacher"
+
+
+def _frozen_but(config: TrainConfig, model: VideoModel) -> VideoModel:
+    """The model with gradients for what the config trains, and for nothing else."""
     model.unet.enable_gradient_checkpointing(config.gradient_checkpointing)
+    for network in model.adapters.values():
+        checkpoint(network, config.gradient_checkpointing)
     for network in model.networks.values():
         network.eval().requires_grad_(False)
     for _, parameter in named_trainable(model, config):
         parameter.requires_grad_(True)
+    return model
+
+
+def checkpoint(network: nn.Module, wanted: bool) -> None:
+    """Gradient checkpointing in an adapter that is as large as to have it: a ControlNet."""
+    if wanted and getattr(network, "_supports_gradient_checkpointing", False):
+        network.enable_gradient_checkpointing()
+
+
+def _with_adapter(config: TrainConfig, model: VideoModel) -> VideoModel:
+    """The model with the adapter that will train: a fresh one, or with ``config.lora`` LoRA layers on its own."""
+    assert config.adapter is not None
+    name = config.adapter.name
+    if config.lora is not None:
+        if name not in model.adapters:
+            known = ", ".join(model.adapters) or "none"
+            raise ValueError(f"{config.model} has no adapter {name!r} to adapt (it has {known}); train one first")
+        network = model.adapters[name]
+        lora.inject(network, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    else:
+        latents = model.vae.config.latent_channels
+        network = fresh_adapter(config.adapter, model.unet.config, latent_channels=latents, downscale=model.downscale)
+        if config.adapter.kind == "controlnet":
+            begin_as_copy(cast("ControlNetModel", network), model.unet.state_dict())
+    model.adapters = {name: network}
+    if config.objective == "consistency" and config.consistency.earlier == "teacher":
+        model = _few_steps_over_teacher(config, model)
+    schedule = replace(model.schedule, solver_steps=config.consistency.solver_steps)
+    return _frozen_but(config, replace(model, schedule=schedule))
+
+
+def fresh_adapter(config: AdapterConfig, unet: UNetConfig, *, latent_channels: int, downscale: int) -> nn.Module:
+    """An adapter before training, for a UNet whose latent cells cover ``downscale`` pixels a side."""
+    widths = unet.block_out_channels
+    if config.kind == "t2i_adapter":
+        return t2i_adapter(unet, downscale)
+    if config.kind == "controlnet":
+        halvings = downscale.bit_length() - 1
+        return controlnet(unet, [*(min(16 * 2**i, widths[0]) for i in range(halvings)), widths[0]])
+    if config.kind == "image_tokens":
+        return ImageTokens(latent_channels, unet.cross_attention_dim)
+    shape = ImageEncoderConfig(
+        channels=widths,
+        in_channels=latent_channels if config.sees == "latent" else 3,
+        sees=config.sees,
+        downscale=downscale,
+        spread=config.spread,
+    )
+    return ImageEncoder(shape)
+
+
+def _few_steps_over_teacher(config: TrainConfig, model: VideoModel) -> VideoModel:
+    """The few-step network as the live one, of which a view without LoRA and with the teacher's temporal layers is the
+    many-step one."""
+    fast = load(config.model, image_scale=0.0, adapters=())
+    motion = {key: value for key, value in model.unet.state_dict().items() if "motion_modules" in key}
+    model.teacher_motion = {key: value.clone() for key, value in motion.items()}
+    if not fast.teacher_motion:
+        raise ValueError(f"{config.model} holds no teacher; train without one (--consistency.earlier noise)")
+    model.unet.load_state_dict(fast.unet.state_dict())
+    if fast.image_lora:
+        lora.attach(model.unet, fast.image_lora)
     return model
 
 
@@ -86,16 +170,25 @@ def named_trainable(model: VideoModel, config: TrainConfig) -> Iterator[tuple[st
     """The parameters that a config trains, by state-file name."""
     for part, network in model.networks.items():
         for name, parameter in network.named_parameters():
-            if _kind(part, name) == config.trainable or (config.trains_lora and _kind(part, name) == "lora"):
+            kind = _kind(part, name)
+            if kind == "adapter" and config.lora is not None and not _of_lora(name):
+                continue
+            if kind == config.trainable or (config.trains_lora and kind == "lora"):
                 yield f"{part}.{name}", parameter
 
 
 def _kind(part: str, name: str) -> str:
+    if part.startswith("adapter_"):
+        return "adapter"
     if part == "unet" and "motion_modules" in name:
         return "motion"
-    if ".lora_A." in name or ".lora_B." in name:
+    if _of_lora(name):
         return "lora"
     return "autoencoder" if part == "vae" else "image"
+
+
+def _of_lora(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def objective(config: TrainConfig, model: VideoModel, state: TrainState) -> Callable[[ClipBatch, Draw], Terms]:
@@ -104,7 +197,9 @@ def objective(config: TrainConfig, model: VideoModel, state: TrainState) -> Call
         return partial(objectives.autoencoder, model)
     if config.objective == "consistency":
         return partial(_distil, config, model, state)
+    adapter = None if config.adapter is None else _adapter(config, model)
     options = {
+        "adapter": adapter,
         "text_dropout": config.text_dropout,
         "timestep_shift": config.timestep_shift,
         "max_weight": config.max_loss_weight,
@@ -113,15 +208,31 @@ def objective(config: TrainConfig, model: VideoModel, state: TrainState) -> Call
     return partial(objectives.diffusion, model, **options)
 
 
+def _adapter(config: TrainConfig, model: VideoModel) -> Adapter:
+    assert config.adapter is not None
+    return Adapter(model.adapters[config.adapter.name], motion_scale=config.adapter.motion_scale)
+
+
 def _distil(config: TrainConfig, model: VideoModel, state: TrainState, batch: ClipBatch, draw: Draw) -> Terms:
     assert state.target is not None
-    roles = consistency_roles(
-        model.unet,
-        config.consistency,
-        step=state.step,
-        average={name.removeprefix("unet."): value for name, value in state.target.state_dict().items()},
-        teacher_motion=model.teacher_motion,
-    )
+    average = state.target.state_dict()
+    if config.adapter is not None:
+        part = f"adapter_{config.adapter.name}."
+        roles = adapter_roles(
+            model.unet,
+            _adapter(config, model),
+            config.consistency,
+            average={f"network.{name.removeprefix(part)}": value for name, value in average.items()},
+            teacher_motion=model.teacher_motion,
+        )
+    else:
+        roles = consistency_roles(
+            model.unet,
+            config.consistency,
+            step=state.step,
+            average={name.removeprefix("unet."): value for name, value in average.items()},
+            teacher_motion=model.teacher_motion,
+        )
     shift = config.timestep_shift
     return objectives.consistency(model, roles, batch, draw, config=config.consistency, timestep_shift=shift)
 
@@ -129,9 +240,11 @@ def _distil(config: TrainConfig, model: VideoModel, state: TrainState, batch: Cl
 def result(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The model that a finished stage leaves. A LoRA that was learned is written as a file of its own too.
 
-    A style is added to the model that the run began with, whatever that holds; whoever learns anew what an acceleration
-    was made for leaves the acceleration behind, and the styles if it is the image model.
+    A style or an adapter is added to the model that the run began with, whatever that holds; whoever learns anew what
+    an acceleration was made for leaves the acceleration behind, and the styles if it is the image model.
     """
+    if config.adapter is not None:
+        return _with_result(config, model.adapters[config.adapter.name])
     learned = lora.eject(model.unet)
     if config.lora is not None:
         name, fast = config.lora.name, config.objective == "consistency"
@@ -145,3 +258,17 @@ def result(config: TrainConfig, model: VideoModel) -> VideoModel:
         return model
     styles = model.styles if config.trainable == "motion" else {}
     return replace(model, image_lora={}, styles=styles)
+
+
+def _with_result(config: TrainConfig, network: nn.Module) -> VideoModel:
+    """The model that a run began with, with the adapter in it; LoRA layers are merged into the adapter."""
+    assert config.adapter is not None
+    name, first = config.adapter.name, load(config.model)
+    if config.lora is not None:
+        learned = lora.eject(network, name)
+        path = config.folder / f"{config.name}.safetensors"
+        write_named_lora(learned, path, title=name, kind="adapter", base=first.facts.name, layout="peft")
+        weights = {f"{name}.{key}": value for key, value in network.state_dict().items()}
+        merged = {key.removeprefix(f"{name}."): value for key, value in fused(weights, [(learned, 1.0)]).items()}
+        network.load_state_dict(merged, strict=False)
+    return replace(first, adapters={**first.adapters, name: network})

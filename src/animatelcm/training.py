@@ -25,7 +25,15 @@ from animatelcm import checkpoint, stages, video
 from animatelcm.bundle import save
 from animatelcm.checkpoint import TrainState
 from animatelcm.config import DataConfig, TrainConfig
-from animatelcm.data.batches import Batches, ClipBatch, ClipDataset, draw_indices, latent_batches, pixel_batches
+from animatelcm.data.batches import (
+    Batches,
+    ClipBatch,
+    ClipDataset,
+    draw_indices,
+    latent_batches,
+    pixel_batches,
+    with_looks,
+)
 from animatelcm.data.clips import FolderDataset
 from animatelcm.data.emoji import EmojiClips, EmojiImages
 from animatelcm.data.sprites import SMALL_CONCEPTS, SpritePack
@@ -221,12 +229,20 @@ class Source(NamedTuple):
 def open_source(config: TrainConfig, model: VideoModel) -> Source:
     """The data of a run: as pixels, or as latents encoded once and kept in ``<out>/cache``."""
     dataset = open_dataset(config.data)
+    batches = _batches(config, model, dataset)
+    if config.adapter is None or not (config.adapter.reads_maps or config.adapter.sees == "pixels"):
+        return Source(dataset, batches)
+    kind = config.adapter.name if config.adapter.reads_maps else None
+    return Source(dataset, with_looks(batches, dataset, kind))
+
+
+def _batches(config: TrainConfig, model: VideoModel, dataset: ClipDataset) -> Batches:
     if not config.data.cache:
-        return Source(dataset, pixel_batches(dataset))
+        return pixel_batches(dataset)
     facts = f"{config.data}/{_content(config.data)}/{model.fingerprint('vae')}"
     with torch.no_grad():
         path = config.out / "cache" / config.data.kind
-        return Source(dataset, latent_batches(dataset, model.encode, path, facts=facts))
+        return latent_batches(dataset, model.encode, path, facts=facts)
 
 
 def open_dataset(data: DataConfig) -> ClipDataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,10 @@ class ClipBatch:
     captions: tuple[str, ...]
     pixels: Tensor | None = None
     latents: Tensor | None = None
+    maps: Tensor | None = None
+    """Control maps (B, 3, F, H, W) in [0, 1], where an adapter reads them."""
+    first: Tensor | None = None
+    """The first frame's pixels (B, 3, H, W) in [-1, 1], where an adapter sees them."""
 
 
 Batches = Callable[[Sequence[int]], ClipBatch]
@@ -52,6 +56,21 @@ def pixel_batches(dataset: ClipDataset) -> Batches:
     def batch(indices: Sequence[int]) -> ClipBatch:
         clips = [dataset[i] for i in indices]
         return ClipBatch(captions=tuple(c.caption for c in clips), pixels=to_pixels([c.frames for c in clips]))
+
+    return batch
+
+
+def with_looks(batches: Batches, dataset: ClipDataset, kind: str | None) -> Batches:
+    """The same batches with the pixels of each clip's first frame, or with control maps of a kind, made from the clips
+    as they are needed (``data.looks``): they are cheap beside a training step, and large to keep."""
+    from animatelcm.data.looks import control
+
+    def batch(indices: Sequence[int]) -> ClipBatch:
+        found = batches(indices)
+        if kind is None:
+            return replace(found, first=to_pixels([dataset[i].frames[:1] for i in indices]).squeeze(2))
+        maps = torch.from_numpy(np.stack([control(dataset, i, kind) for i in indices]))
+        return replace(found, maps=maps.permute(0, 4, 1, 2, 3).float().div(255))
 
     return batch
 

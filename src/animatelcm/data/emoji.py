@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
 
 from animatelcm.data.clips import Clip
 from animatelcm.data.sprites import (
@@ -144,6 +145,14 @@ def _moment(draws: Draws, motion: str, poses: list[Pose]) -> Pose:
     return draws.choice(poses) if motion in LOOPS else poses[round(last * max(draws.uniform() for _ in range(3)))]
 
 
+class Scene(NamedTuple):
+    """Everything that ``render`` draws: sprites (4, 64, 64) or (F, 4, 64, 64), one pose a frame, a colour."""
+
+    sprites: Tensor
+    poses: tuple[Pose, ...]
+    background: tuple[float, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmojiImages(EmojiData):
     """Captioned images (F = 1): half stands still; the rest are single moments of the clips below, so that an image
@@ -153,6 +162,14 @@ class EmojiImages(EmojiData):
     moments: float = 0.5
 
     def __getitem__(self, index: int) -> Clip:
+        scene, text = self._drawn(index)
+        return Clip(render(*scene), text, f"emoji-image/{self.seed}/{index}")
+
+    def scene(self, index: int) -> Scene:
+        """What picture ``index`` is drawn from."""
+        return self._drawn(index)[0]
+
+    def _drawn(self, index: int) -> tuple[Scene, str]:
         draws = Draws(self.seed, index, "emoji-image")
         slug, styles = draws.choice(self._subjects)
         style = draws.choice(styles)
@@ -165,8 +182,7 @@ class EmojiImages(EmojiData):
             else:
                 motion, poses = self._motion(draws, slug)
                 pose = _moment(draws, motion, poses)
-        text = self._caption(draws, slug, style, motion, colour)
-        return Clip(render(picture, [pose], background), text, f"emoji-image/{self.seed}/{index}")
+        return Scene(picture, (pose,), background), self._caption(draws, slug, style, motion, colour)
 
 
 class Damage(NamedTuple):
@@ -190,10 +206,15 @@ class Shot(NamedTuple):
     damage: Damage | None = None
 
 
+def staged(shot: Shot, pack: SpritePack) -> Scene:
+    """What a shot is drawn from."""
+    picture = pack.sprite(shot.slug, shot.style) if shot.motion else pack.clip(shot.slug)
+    return Scene(picture, shot.poses, shot.background)
+
+
 def drawn(shot: Shot, pack: SpritePack) -> np.ndarray:
     """The frames of a shot: uint8 (F, 64, 64, 3)."""
-    picture = pack.sprite(shot.slug, shot.style) if shot.motion else pack.clip(shot.slug)
-    frames = render(picture, shot.poses, shot.background)
+    frames = render(*staged(shot, pack))
     return frames if shot.damage is None else degraded(frames, shot.damage)
 
 
@@ -216,6 +237,10 @@ class EmojiClips(EmojiData):
     def __getitem__(self, index: int) -> Clip:
         shot = self.shot(index)
         return Clip(drawn(shot, self.pack), shot.caption, f"emoji-clip/{self.seed}/{index}")
+
+    def scene(self, index: int) -> Scene:
+        """What clip ``index`` is drawn from."""
+        return staged(self.shot(index), self.pack)
 
     def shot(self, index: int) -> Shot:
         """What clip ``index`` will show, without drawing it."""
