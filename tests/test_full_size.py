@@ -10,13 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import MotionAdapter
+from diffusers import ControlNetModel, MotionAdapter
 from safetensors.torch import save_file
 
 import standins
 from animatelcm.bundle import load, save
+from animatelcm.images import write_image
 from animatelcm.nets import sd15
 
 WIDTHS = (320, 640, 1280, 1280)
@@ -61,6 +63,20 @@ pipe = Pipeline.from_pretrained(base, motion=motion, loras=[(fast, 0.8), (style,
 began = time.perf_counter()
 (video,) = pipe("a cat", num_frames=2, num_inference_steps=1)
 print(json.dumps({"seconds": time.perf_counter() - began, "shape": video.frames.shape}))
+"""
+STEERED = """
+import json, resource, sys, time
+import numpy as np, torch
+from animatelcm import Pipeline
+base, motion, controlnet, image, steered = sys.argv[1:]
+adapters = ("canny=" + controlnet,) if steered == "1" else ()
+pipe = Pipeline.from_pretrained(base, motion=motion, adapter=adapters, keep=False)
+extra = {"image": image, "control": ("canny=" + image,)} if steered == "1" else {}
+began = time.perf_counter()
+(video,) = pipe("a cat", num_frames=2, num_inference_steps=1, **extra)
+seconds = time.perf_counter() - began
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak": peak, "shape": video.frames.shape, "phases": video.seconds}))
 """
 
 
@@ -119,3 +135,17 @@ def test_a_full_size_video_is_made_to_the_end(files):
     made = _run(FORWARD, *files)
     sys.stdout.write(f"\none step of two frames of 512 x 512: {made}\n")
     assert made["shape"] == [2, 512, 512, 3]
+
+
+@pytest.mark.slow
+def test_a_full_size_picture_is_animated_under_a_controlnet(files, tmp_path):
+    motion = tmp_path / "i2v.safetensors"
+    save_file(standins.fill(standins.animatelcm_i2v(WIDTHS), torch.float16, seed=7), motion)
+    torch.manual_seed(0)
+    ControlNetModel(block_out_channels=WIDTHS, cross_attention_dim=768).half().save_pretrained(tmp_path / "canny")
+    picture = tmp_path / "picture.png"
+    write_image(np.random.default_rng(0).integers(0, 256, (512, 640, 3), dtype=np.uint8), picture)
+    for steered in "01":
+        made = _run(STEERED, files[0], str(motion), str(tmp_path / "canny"), str(picture), steered)
+        sys.stdout.write(f"\none step of two frames, {'steered' if steered == '1' else 'plain'}: {made}\n")
+        assert made["shape"] == [2, 512, 512, 3]

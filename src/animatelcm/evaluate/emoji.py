@@ -21,13 +21,15 @@ import torch
 
 import animatelcm
 from animatelcm import video
+from animatelcm.condition import IMAGE
 from animatelcm.data.batches import to_pixels
 from animatelcm.data.emoji import Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
+from animatelcm.evaluate import steered
 from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, silent
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, facts_hash, read_row, row_path, write_row
-from animatelcm.model import Facts, VideoModel
+from animatelcm.model import CORE, Facts, VideoModel
 from animatelcm.request import Sampler, SampleRequest, Spacing
 from animatelcm.sampling import sample
 
@@ -80,16 +82,20 @@ class Take(NamedTuple):
     frames: np.ndarray
     seconds: float | None = None
     evaluations: int = 0
+    first: np.ndarray | None = None
+    """The picture that was set in motion, through the autoencoder: uint8 (H, W, 3)."""
 
 
 Maker = Callable[[Shot, int], Take]
 """(what is asked for, seed) -> the clip."""
 
 
-def _sampled(model: VideoModel, setting: Setting, shot: Shot, seed: int) -> Take:
+def _sampled(model: VideoModel, setting: Setting, protocol: Protocol, shot: Shot, seed: int) -> Take:
     num_frames = 1 if len(shot.poses) == 1 else None
-    (made,) = sample(model, setting.request(shot.caption, seed=seed, num_frames=num_frames))
-    return Take(made.frames, sum(made.seconds.values()), made.evaluations)
+    given = steered.condition(shot, protocol.pack, protocol.steer)
+    (made,) = sample(model, setting.request(shot.caption, seed=seed, num_frames=num_frames), condition=given)
+    first = None if given.image is None else _through(model, given.image[None])[0]
+    return Take(made.frames, sum(made.seconds.values()), made.evaluations, first)
 
 
 def _real(pack: SpritePack, shot: Shot, seed: int) -> Take:
@@ -97,8 +103,13 @@ def _real(pack: SpritePack, shot: Shot, seed: int) -> Take:
 
 
 def _autoencoded(model: VideoModel, pack: SpritePack, shot: Shot, seed: int) -> Take:
-    with torch.inference_mode():
-        return Take(model.decode(model.encode(to_pixels([drawn(shot, pack)])))[0])
+    return Take(_through(model, drawn(shot, pack)))
+
+
+@torch.inference_mode()
+def _through(model: VideoModel, frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 (F, H, W, 3) as the autoencoder gives them back."""
+    return model.decode(model.encode(to_pixels([frames])))[0]
 
 
 def evaluate(
@@ -122,7 +133,7 @@ def evaluate(
     Raises ValueError where the model makes no such clips, or a row of another model or protocol is in the way.
     """
     _check_model(model, kinds)
-    makers: dict[str, Maker] = {str(setting): partial(_sampled, model, setting) for setting in settings}
+    makers: dict[str, Maker] = {str(setting): partial(_sampled, model, setting, protocol) for setting in settings}
     if ceilings:
         makers["real"] = partial(_real, protocol.pack)
         makers["autoencoded"] = partial(_autoencoded, model, protocol.pack)
@@ -169,7 +180,19 @@ def _measured(kind: Kind, name: str, make: Maker, judge: Judge) -> dict[str, Any
         judge.progress(f"{name}, {kind}", seed + 1, len(shots))
     seconds = [take.seconds for take in takes if take.seconds is not None]
     made = {"seconds": median(seconds) if seconds else None, "evaluations": takes[0].evaluations}
-    return {**made, **judge.figures(kind, shots, [take.frames for take in takes])}
+    return {**made, **judge.figures(kind, shots, [take.frames for take in takes]), **_steered(judge, shots, takes)}
+
+
+def _steered(judge: Judge, shots: list[Shot], takes: list[Take]) -> dict[str, float]:
+    """Figures of clips that something steered."""
+    steer, pack = judge.protocol.steer, judge.protocol.pack
+    if not steer:
+        return {}
+    clips, real = [take.frames for take in takes], [drawn(shot, pack) for shot in shots]
+    if steer != IMAGE:
+        return steered.following(steer, shots, clips, real, pack)
+    firsts = [clip[0] if take.first is None else take.first for take, clip in zip(takes, real, strict=True)]
+    return steered.keeping(judge.classifier.network, clips, real, firsts)
 
 
 def contact_sheet(model: VideoModel, setting: Setting, progress: Progress = silent) -> np.ndarray:
@@ -184,7 +207,7 @@ def contact_sheet(model: VideoModel, setting: Setting, progress: Progress = sile
 def fingerprint(model: VideoModel) -> str:
     """A hash of all that a model brings to its clips: weights, noise schedule, size and length."""
     size = [model.facts.width, model.facts.height, model.facts.num_frames]
-    weights = {part: model.fingerprint(part) for part in model.networks}
+    weights = {part: model.fingerprint(part) for part in CORE}
     return facts_hash({"weights": weights, "schedule": model.schedule.to_diffusers(), "size": size})
 
 

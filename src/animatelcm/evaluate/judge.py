@@ -30,7 +30,7 @@ from animatelcm.evaluate.features import JUDGED, SIDE, clip_features, network_ha
 from animatelcm.evaluate.frechet import Gaussian, frechet_distance, gaussian
 from animatelcm.evaluate.motion import classify, motion_amount
 from animatelcm.evaluate.prompts import PER_CONCEPT, PER_MOTION
-from animatelcm.evaluate.report import Kind, facts_hash
+from animatelcm.evaluate.report import Kind, Steer, facts_hash
 from animatelcm.weights.files import read_safetensors, write_safetensors
 
 VERSION = 1  # of the protocol: to be raised by whoever changes what a figure is
@@ -55,6 +55,8 @@ class Protocol:
     style_truth: str = ""
     """The style that clips ought to have: a sheet of the pack, or the path of one. "": the three of training."""
     concepts: tuple[str, ...] = SMALL_CONCEPTS
+    steer: Steer = ""
+    """What of their real clips steers the generated ones."""
 
     def __post_init__(self) -> None:
         if min(self.clips, self.real) < 2:
@@ -100,7 +102,8 @@ class Protocol:
         """What the hash of the protocol is of."""
         seeds = {"prompts": PROMPT_SEED, "real": REAL_SEED, "floor": FLOOR_SEED}
         counts = {"clips": self.clips, "real": self.real, **PER_CONCEPT, **PER_MOTION}
-        return {**self.judging, "seeds": seeds, "counts": counts}
+        steered = {"steer": self.steer} if self.steer else {}
+        return {**self.judging, "seeds": seeds, "counts": counts, **steered}
 
 
 class Reference(NamedTuple):

@@ -15,6 +15,10 @@ plain: a clip of each subject; motions: subjects under each motion; held_out: pa
 """
 
 
+Steer = Literal["", "i2v", "edge", "canny", "tile", "pose", "depth"]
+"""What steers: nothing, the real clip's first frame, or maps of a kind: the name of the adapter that it takes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """The figures of one setting of one model; None where a figure has no meaning."""
@@ -44,6 +48,18 @@ class Row:
     """Frechet distance to the real reference."""
     fvd_floor: float | None = None
     """The same of other real clips, as many: what a perfect model would get."""
+    identity: float | None = None
+    """Cosine of the features of a frame and of the picture that was set in motion."""
+    first_frame_psnr: float | None = None
+    """Of the first frame, against that picture through the autoencoder, in dB."""
+    colour_error: float | None = None
+    """Delta E (1976) of mean colours, frame and picture."""
+    control_error: float | None = None
+    """1 - F1 of edges, or the distance of keypoints in pixels."""
+    control_flicker: float | None = None
+    """The variance of that from frame to frame."""
+    warped_difference: float | None = None
+    """What a frame changes beside its motion, over what it does in the real clips."""
     hardware: str
     missed_concepts: dict[str, int] = field(default_factory=dict)
     """The commonest mistakes, "asked -> seen", in frames."""
@@ -64,6 +80,15 @@ COLUMNS = {
     "seconds": "s/clip",
     "n": "n",
 }
+STEERED = {
+    "identity": "identity",
+    "first_frame_psnr": "first frame, dB",
+    "colour_error": "colour error",
+    "control_error": "control error",
+    "control_flicker": "control flicker",
+    "warped_difference": "warped difference",
+}
+"""Columns of rows that have them."""
 
 
 def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
@@ -77,7 +102,8 @@ def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
             f"rows of {len(protocols)} protocols ({', '.join(protocols)}) do not compare; measure them alike, "
             "or say mixed=True"
         )
-    columns = {**COLUMNS, "protocol": "protocol"} if mixed else COLUMNS
+    steered = {name: title for name, title in STEERED.items() if any(getattr(row, name) is not None for row in rows)}
+    columns = {**COLUMNS, **steered, **({"protocol": "protocol"} if mixed else {})}
     lines = [[_cell(name, getattr(row, name)) for name in columns] for row in rows]
     marks = ["---" if name in ("model", "kind", "setting", "protocol") else "---:" for name in columns]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])

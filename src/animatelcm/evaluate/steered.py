@@ -1,0 +1,72 @@
+"""Clips that something steers, held against the real clips it was taken from: a first frame, or a layout.
+
+The picture of a clip is its real clip's first frame, its layout that of all its frames.
+
+* image: identity, cosine of EfficientNet-lite0 features of the judged frames and of the picture; first-frame PSNR,
+  against the picture through the model's own autoencoder, which bounds what can be had; colour error (Delta E).
+* edge, canny, tile: control error is 1 - F1 of the edges; pose, depth: distance of the thing's centre, in pixels.
+* Flicker: the variance of that error from frame to frame, and the warped difference, over that of the real clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from animatelcm.condition import IMAGE, Condition, Control
+from animatelcm.control_maps import made
+from animatelcm.data.emoji import Shot, drawn, staged
+from animatelcm.data.looks import RENDERED, layout
+from animatelcm.data.sprites import CELL, SpritePack
+from animatelcm.evaluate.features import JUDGED, EfficientNetLite0, frame_features
+from animatelcm.evaluate.following import displacements, edge_f1, error_variance, keypoint_distance, warped_difference
+from animatelcm.evaluate.likeness import colour_error, identity, psnr
+from animatelcm.evaluate.report import Steer
+
+
+def condition(shot: Shot, pack: SpritePack, steer: Steer) -> Condition:
+    """What the real clip of a shot gives to steer by."""
+    if not steer:
+        return Condition()
+    if steer == IMAGE:
+        return Condition(image=drawn(shot, pack)[0])
+    maps = layout(staged(shot, pack), steer) if steer in RENDERED else made(steer, drawn(shot, pack))
+    return Condition(controls=(Control(steer, maps),))
+
+
+def keeping(
+    network: EfficientNetLite0, clips: Sequence[np.ndarray], real: Sequence[np.ndarray], firsts: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """How well clips keep to the first frames of real ones; ``firsts`` are these through the autoencoder, uint8."""
+    found: dict[str, list[float]] = {"identity": [], "first_frame_psnr": [], "colour_error": []}
+    for clip, truth, first in zip(clips, real, firsts, strict=True):
+        features = frame_features(network, np.concatenate([truth[:1], clip[JUDGED]]))
+        found["identity"].append(float(identity(features[1:], features[0]).mean()))
+        found["first_frame_psnr"].append(min(psnr(clip[0], first), 60.0))
+        found["colour_error"].append(float(colour_error(clip, truth[0]).mean()))
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def following(
+    steer: Steer, shots: Sequence[Shot], clips: Sequence[np.ndarray], real: Sequence[np.ndarray], pack: SpritePack
+) -> dict[str, float]:
+    """How well, and how steadily, clips follow the layouts of real ones."""
+    errors, flicker, warped, warped_real = [], [], [], []
+    for shot, clip, truth in zip(shots, clips, real, strict=True):
+        if steer in RENDERED:
+            sprites = staged(shot, pack).sprites
+            away = keypoint_distance(clip, shot.poses, sprites if sprites.ndim == 3 else sprites[0])
+        else:
+            away = 1 - edge_f1(clip, truth)
+        moved = displacements(shot.poses, CELL, CELL)
+        errors.append(float(away.mean()))
+        flicker.append(error_variance(away))
+        warped.append(warped_difference(clip, moved))
+        warped_real.append(warped_difference(truth, moved))
+    return {
+        "control_error": fmean(errors),
+        "control_flicker": fmean(flicker),
+        "warped_difference": fmean(warped) / fmean(warped_real),
+    }
