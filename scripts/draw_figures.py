@@ -7,6 +7,8 @@
 * ``sum.png``: style from left to right (alpha), image acceleration from top to bottom (beta), one seed.
 * ``race.webp``: teacher (top) and distilled model (bottom), each with as many steps as fit in the same time
   (AnimateLCM-2, figure 2).
+* ``teacher-free-bias.png``: how far one sample of the score leads from the exact earlier point (docs/math.md); it needs
+  no model: ``--only teacher-free-bias``.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 
 from animatelcm import video
 from animatelcm.assembly import load_sum
 from animatelcm.model import VideoModel
 from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.sampling import sample
+from animatelcm.schedule import NoiseSchedule
+from animatelcm.solver import DDIMSolver
 
 PROMPTS = (
     "a parrot",
@@ -35,6 +42,10 @@ PROMPTS = (
 )
 STEPS = (1, 2, 4, 8)
 SCALES = (0.0, 0.4, 0.8, 1.2)
+GRIDS = (10, 25, 50, 100, 200)
+SPREADS = (1.0, 0.2)
+INKS = ("#fdae6b", "#f16913", "#a63603", "#6a51a3", "#08306b")
+Figure = Literal["steps", "race", "sum", "teacher-free-bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +56,7 @@ class Options:
     model: str = "emoji"
     style: str = "twemoji"
     seed: int = 0
+    only: tuple[Figure, ...] = ("steps", "race", "sum", "teacher-free-bias")
 
 
 def frames(model: VideoModel, prompt: str, seed: int, **settings: object) -> np.ndarray:
@@ -82,14 +94,64 @@ def race(fast: VideoModel, slow: VideoModel, seed: int) -> tuple[np.ndarray, str
     return np.concatenate([np.concatenate(below, axis=2), np.concatenate(top, axis=2)], axis=1), facts
 
 
+def deviation(schedule: NoiseSchedule, t: torch.Tensor, s: torch.Tensor, spread: float) -> torch.Tensor:
+    """Root mean square of x_s with the clip's own noise less x_s with the exact score, for data N(m, spread^2)."""
+    (a_t, s_t), (a_s, s_s) = schedule.level(t), schedule.level(s)
+    return spread * (a_s * s_t - a_t * s_s) / torch.hypot(spread * a_t, s_t)
+
+
+def teacher_free_figure(schedule: NoiseSchedule) -> np.ndarray:
+    """One panel for each of SPREADS, one line for each of GRIDS: deviation over the timestep."""
+    panels = []
+    for spread in SPREADS:
+        lines = []
+        for n in GRIDS:
+            t, s = DDIMSolver(schedule, n).times(torch.arange(n))
+            lines.append((t.numpy(), deviation(schedule, t, s, spread).numpy()))
+        panels.append(_plot(lines, f"one sample's deviation, data of standard deviation {spread:g}"))
+    return np.concatenate(panels, axis=1)
+
+
+def _plot(lines: list[tuple[np.ndarray, np.ndarray]], title: str, top: float = 0.35) -> np.ndarray:
+    """Lines over t = 0..1000 and 0..top, labelled by their N: uint8 (340, 480, 3), drawn twice as large."""
+    width, height, left, low, right, high = 960, 680, 110, 590, 930, 80
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=26)
+
+    def place(t: float, value: float) -> tuple[float, float]:
+        return left + (right - left) * t / 1000, low - (low - high) * value / top
+
+    draw.text((left, 24), title, "black", font)
+    for value in np.arange(0, top + 0.01, 0.1):
+        draw.line([place(0, value), place(1000, value)], "#dddddd", 2)
+        draw.text((left - 14, place(0, value)[1]), f"{value:.1f}", "black", font, anchor="rm")
+    for t in range(0, 1001, 250):
+        draw.text((place(t, 0)[0], low + 14), str(t), "black", font, anchor="mt")
+    draw.text(((left + right) / 2, height - 14), "timestep t", "black", font, anchor="mb")
+    for i, (n, ink, (t, values)) in enumerate(zip(GRIDS, INKS, lines, strict=True)):
+        draw.line([place(*point) for point in zip(t.tolist(), values.tolist(), strict=True)], ink, 5, joint="curve")
+        y = high + 20 + 38 * i
+        draw.line([(right - 190, y), (right - 130, y)], ink, 6)
+        draw.text((right - 115, y), f"N = {n}", "black", font, anchor="lm")
+    return np.array(sheet.resize((width // 2, height // 2), Image.Resampling.LANCZOS))
+
+
 def main(options: Options) -> None:
+    if "teacher-free-bias" in options.only:
+        picture = teacher_free_figure(NoiseSchedule())
+        video.write_image(picture, options.out / "teacher-free-bias.png", overwrite=True)
+    if set(options.only) <= {"teacher-free-bias"}:
+        return
     source = ModelSource(model=options.model)
     fast, slow = load_sum(source), load_sum(replace(source, teacher=True))
-    video.write_image(steps_figure(fast, slow, options.seed), options.out / "steps.png", overwrite=True)
-    clip, facts = race(fast, slow, options.seed)
-    video.write(clip, options.out / "race.webp", fps=fast.facts.fps, metadata={"what": facts}, overwrite=True)
-    video.write_image(sum_figure(options), options.out / "sum.png", overwrite=True)
-    sys.stdout.write(facts + "\n")
+    if "steps" in options.only:
+        video.write_image(steps_figure(fast, slow, options.seed), options.out / "steps.png", overwrite=True)
+    if "race" in options.only:
+        clip, facts = race(fast, slow, options.seed)
+        video.write(clip, options.out / "race.webp", fps=fast.facts.fps, metadata={"what": facts}, overwrite=True)
+        sys.stdout.write(facts + "\n")
+    if "sum" in options.only:
+        video.write_image(sum_figure(options), options.out / "sum.png", overwrite=True)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def load_sum(
 
     Raises ValueError where a part is missing or does not fit, and where ``image_scale`` has nothing to scale.
     """
-    model = load(source.model, dtype=dtype, teacher=source.teacher, image_scale=0.0, adapters=adapters)
+    model = load(
+        source.model, dtype=dtype, teacher=source.teacher, image_scale=0.0, adapters=adapters, keep_teacher=keep
+    )
     if source.motion:
         model = with_temporal_layers(model, find(source.motion, MOTION_FILES))
         if model.facts.sampler != "lcm":

@@ -169,17 +169,22 @@ def load(
     teacher: bool = False,
     image_scale: float = 1.0,
     adapters: Collection[str] | None = None,
+    keep_teacher: bool = True,
 ) -> VideoModel:
     """Load a model: "emoji" (embedded), a folder, a checkpoint of Stable Diffusion 1.x (.safetensors, .ckpt), or a
     Hugging Face id (``hub.find``). Weights are converted to ``dtype``, convolutions kept in channels-last order.
 
     A distilled bundle comes with its image acceleration fused at ``image_scale``; ``teacher`` loads the many-step model
     that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. ``adapters``
-    are loaded by their names, None: all of them. Raises ValueError where a part is missing or does not fit, naming the
+    are loaded by their names, None: all of them; without ``keep_teacher`` a distilled model's teacher is not read, and
+    not saved again. Raises ValueError where a part is missing or does not fit, naming the
     file.
     """
     place = find(source)
-    model = _from_file(place, dtype) if place.is_file() else _from_folder(place, str(source), dtype)
+    if place.is_file():
+        model = _from_file(place, dtype)
+    else:
+        model = _from_folder(place, str(source), dtype, with_teacher=teacher or keep_teacher)
     model.adapters = _read_adapters(place / ADAPTERS, adapters, dtype)
     model.to(device)
     if teacher:
@@ -189,7 +194,7 @@ def load(
     return model
 
 
-def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> VideoModel:
+def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: bool) -> VideoModel:
     if not (folder / "unet" / "config.json").is_file():
         raise ValueError(
             f"{folder} is no model folder: unet/config.json is missing; give a diffusers folder, a checkpoint "
@@ -213,7 +218,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> VideoModel:
         tokenizer=building.tokenizer(folder / "tokenizer"),
         schedule=NoiseSchedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json")),
         facts=read_facts_file(folder, name),
-        teacher_motion=_teacher_motion(folder / "motion_adapter_teacher", dtype),
+        teacher_motion=_teacher_motion(folder / "motion_adapter_teacher", dtype) if with_teacher else {},
     )
     _read_loras(model, folder)
     return model

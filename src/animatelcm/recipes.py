@@ -193,7 +193,7 @@ def i2v_emoji() -> TrainConfig:
         model="emoji",
         data=DataConfig(kind="emoji-clips", length=6_000),
         adapter=AdapterConfig(name="i2v", kind="image"),
-        consistency=ConsistencyConfig(earlier="noise", k=100),
+        consistency=ConsistencyConfig(earlier="noise", k=40, huber_c=0.3),
         steps=1_000,
         batch_size=4,
         learning_rate=2e-3,
@@ -332,7 +332,7 @@ def i2v_sd15() -> TrainConfig:
         model="runs/out/video_lcm_sd15/model",
         motion=None,
         adapter=AdapterConfig(name="i2v", kind="image"),
-        consistency=ConsistencyConfig(earlier="noise", solver_steps=200),
+        consistency=ConsistencyConfig(earlier="noise", solver_steps=200, huber_c=0.3),
         learning_rate=1e-5,
     )
 
@@ -343,6 +343,6 @@ def controlnet_lora_sd15() -> TrainConfig:
         i2v_sd15(),
         name="controlnet_lora_sd15",
         adapter=AdapterConfig(name="canny", kind="controlnet"),
-        consistency=ConsistencyConfig(earlier="noise"),
+        consistency=ConsistencyConfig(earlier="noise", huber_c=0.3),
         lora=LoraConfig(name="canny", rank=64, alpha=64.0, targets=LCM_TARGETS[:10]),
     )

@@ -42,7 +42,10 @@ def starting_model(config: TrainConfig) -> VideoModel:
     The many-step model, but for adapters that are trained without a teacher: these stand beside the few-step one.
     Raises ValueError where a distillation lacks what it distils.
     """
-    model = fresh(config.seed) if config.model == "new" else load(config.model, teacher=_many_steps(config))
+    if config.model == "new":
+        model = fresh(config.seed)
+    else:
+        model = load(config.model, teacher=_many_steps(config), keep_teacher=_many_steps(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.adapter is not None:
