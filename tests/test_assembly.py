@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    ControlNetModel,
     LCMScheduler,
     MotionAdapter,
     StableDiffusionPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
@@ -21,7 +26,7 @@ import standins
 from animatelcm import Pipeline
 from animatelcm.assembly import load_sum, with_temporal_layers
 from animatelcm.building import clip_tokenizer
-from animatelcm.bundle import ASSETS
+from animatelcm.bundle import ASSETS, save
 from animatelcm.conversion import convert
 from animatelcm.nets import sd15
 from animatelcm.request import ModelSource, SampleRequest
@@ -29,6 +34,7 @@ from animatelcm.rng import generator
 from animatelcm.sampling import sample_steps
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.weights.lora import read_lora, write_lora
+from test_condition import beside
 
 TEXT = 64
 REQUEST = SampleRequest(prompt="a cat on a roof", num_frames=4, width=64, height=64, seed=5)
@@ -236,3 +242,140 @@ def test_a_sum_that_keeps_nothing_is_the_same_sum(files):
     assert not bare.kept
     for part, network in kept.networks.items():
         assert all(torch.equal(v, bare.networks[part].state_dict()[key]) for key, v in network.state_dict().items())
+
+
+# Adapters
+
+
+SMALL_CONTROL = {"block_out_channels": standins.SMALL, "cross_attention_dim": TEXT}
+CONTROL = {"_class_name": "ControlNetModel", **SMALL_CONTROL}
+T2I = {"_class_name": "T2IAdapter", "channels": list(standins.SMALL)}
+ENCODER = {"_class_name": "ImageEncoder", "channels": list(standins.SMALL)}
+TOKENS = {"_class_name": "ImageTokens", "in_channels": 4, "text_channels": TEXT}
+
+
+def _base(files, **fields) -> ModelSource:
+    return ModelSource(model=str(files / "base.safetensors"), **fields)
+
+
+@pytest.fixture(scope="module")
+def plain(files):
+    return load_sum(_base(files))
+
+
+@pytest.mark.parametrize("container", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("flag", ["motion", "adapter"])
+def test_an_image_to_video_file_brings_its_encoder(files, tmp_path, container, flag):
+    state = standins.fill(standins.animatelcm_i2v(), torch.float16, seed=6)
+    file = standins.write(state, tmp_path / f"AnimateLCM_sd15_i2v.{container}")
+    encoder = {key.removeprefix("img_encoder."): v for key, v in state.items() if key.startswith("img_encoder.")}
+    given = {"motion": str(file)} if flag == "motion" else {"adapter": (f"i2v={file}",)}
+    model = load_sum(_base(files, **given))
+    found = model.adapters["i2v"].state_dict()
+    assert found.keys() == encoder.keys()
+    assert all(torch.equal(value, encoder[key].float()) for key, value in found.items())
+    assert list(model.adapters) == ["i2v"]
+    if flag == "motion":
+        assert (model.schedule.beta_end, model.schedule.solver_steps, model.facts.sampler) == (0.014, 200, "lcm")
+        plain = with_temporal_layers(model, files / "motion.ckpt")
+        assert not plain.adapters  # the encoder was made for the layers that are gone
+
+
+def test_adapters_of_diffusers_stand_beside_the_model(files, tmp_path):
+    torch.manual_seed(0)
+    networks = {"canny": ControlNetModel(**SMALL_CONTROL), "edge": T2IAdapter(channels=list(standins.SMALL))}
+    networks["tile"] = T2IAdapter(channels=list(standins.SMALL), in_channels=1, adapter_type="light_adapter")
+    for name, network in networks.items():
+        network.save_pretrained(tmp_path / name, variant="fp16" if name == "edge" else None)
+    model = load_sum(_base(files, adapter=tuple(f"{name}={tmp_path / name}" for name in networks)), adapters=("canny",))
+    assert list(model.adapters) == ["canny", "edge", "tile"]
+    for name, network in networks.items():
+        ours = model.adapters[name].state_dict()
+        assert all(torch.equal(value, ours[key]) for key, value in network.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.adapters["canny"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "named"),
+    [
+        ("edge", {"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel', which is no adapter"),
+        ("edge", {"_class_name": ["ControlNetModel"]}, "which is no adapter"),
+        ("edge", {}, "None, which is no adapter"),
+        ("i2v", CONTROL, "is a ControlNetModel, which 'i2v' does not name"),
+        ("i2v", T2I, "is a T2IAdapter, which 'i2v' does not name"),
+        ("edge", ENCODER, "is a ImageEncoder, which 'edge' does not name"),
+        ("edge", {**CONTROL, "block_out_channels": [320, 640, 1280, 1280]}, "block_out_channels=.*320.* needs .*32,"),
+        ("edge", {"_class_name": "ControlNetModel"}, "block_out_channels=.*320"),
+        # of another family, with the same widths: Stable Diffusion 2, and Stable Diffusion XL
+        ("edge", {**CONTROL, "cross_attention_dim": 1024}, "cross_attention_dim=1024.* needs 64"),
+        ("edge", {**T2I, "adapter_type": "full_adapter_xl", "downscale_factor": 16}, "downscale_factor=16.* needs 8"),
+        ("edge", {**T2I, "adapter_type": "full_adapter_xl"}, "adapter_type='full_adapter_xl'"),
+        ("edge", {**CONTROL, "addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
+        ("edge", {**CONTROL, "conditioning_embedding_out_channels": [16, 32]}, "encoder of maps.*needs 4"),
+        ("edge", {**T2I, "channels": [32, 64, 64, 64]}, "channels="),
+        ("i2v", {**ENCODER, "channels": [96, 160]}, "channels="),
+        ("i2v", {**ENCODER, "in_channels": 16}, "in_channels=16.* needs 4"),
+        ("i2v", {**ENCODER, "sees": "pixels"}, "in_channels=4.* needs 3"),
+        ("i2v", {**ENCODER, "in_channels": 3, "sees": "pixels", "downscale": 4}, "downscale=4.* needs 8"),
+        ("i2v", {**TOKENS, "text_channels": 768}, "text_channels=768.* needs 64"),
+        ("i2v", {"_class_name": "ImageTokens"}, "in_channels=None"),
+        # sizes without end: these folders hold no weights, so nothing is read, and nothing is built
+        ("edge", {**CONTROL, "in_channels": 10**12}, "in_channels=1000000000000"),
+        ("edge", {**CONTROL, "layers_per_block": 10**9}, "layers_per_block=1000000000"),
+        ("edge", {**CONTROL, "block_out_channels": [10**9] * 4}, "block_out_channels="),
+        ("edge", {**CONTROL, "block_out_channels": [32] * 10**5}, "block_out_channels="),
+        ("edge", {**CONTROL, "transformer_layers_per_block": 10**9}, "transformer_layers_per_block="),
+        ("edge", {**CONTROL, "conditioning_channels": 10**12}, "conditioning_channels="),
+        ("edge", {**CONTROL, "conditioning_embedding_out_channels": [16, 32, 96, 10**9]}, "encoder of maps"),
+        ("edge", {**CONTROL, "conditioning_embedding_out_channels": [16] * 10**5}, "encoder of maps"),
+        ("edge", {**CONTROL, "conditioning_embedding_out_channels": "wide"}, "encoder of maps"),
+        ("edge", {**CONTROL, "encoder_hid_dim": 10**12}, "encoder_hid_dim="),
+        ("edge", {**CONTROL, "num_class_embeds": 10**12}, "num_class_embeds="),
+        ("edge", {**CONTROL, "class_embed_type": "projection"}, "class_embed_type="),
+        ("edge", {**CONTROL, "num_attention_heads": 10**9}, "num_attention_heads="),
+        ("edge", {**T2I, "num_res_blocks": 10**9}, "num_res_blocks=1000000000"),
+        ("edge", {**T2I, "in_channels": 10**12}, "in_channels="),
+        ("i2v", {**ENCODER, "downscale": 10**6}, "downscale="),
+        ("i2v", {**TOKENS, "in_channels": 10**12}, "in_channels="),
+        ("edge", CONTROL, "weights are missing"),
+        ("edge", T2I, "weights are missing"),
+        ("i2v", ENCODER, "weights are missing"),
+        ("i2v", TOKENS, "weights are missing"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_a_sentence(plain, tmp_path, name, config, named, monkeypatch):
+    monkeypatch.setattr("animatelcm.assembly.load", lambda *_, **__: replace(plain, adapters={}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=named) as caught:
+        load_sum(ModelSource(adapter=(f"{name}={tmp_path}",)))
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [
+        ("edge=no/such/folder", "no/such/folder"),
+        ("edge=FOLDER", r"config\.json is missing"),
+        ("edge=FOLDER/motion.safetensors", "an adapter is a diffusers folder"),
+        ("i2v=FOLDER/motion.safetensors", "an adapter is a diffusers folder"),
+        ("i2v=FOLDER/thin.safetensors", r"thin\.safetensors.*\(32, 64, 64, 64\).*\(32, 64, 128, 128\)"),
+    ],
+)
+def test_a_place_without_an_adapter_is_a_sentence(files, tmp_path, adapter, named):
+    save_file(standins.fill(standins.animatelcm_t2v()), tmp_path / "motion.safetensors")
+    save_file(standins.fill(standins.animatelcm_i2v((32, 64, 64, 64))), tmp_path / "thin.safetensors")
+    with pytest.raises(ValueError, match=named):
+        load_sum(_base(files, adapter=(adapter.replace("FOLDER", str(tmp_path)),)))
+
+
+def test_what_is_wanted_and_not_there_is_said_beside_what_is_there(fresh_model, tmp_path):
+    """Of a bundle's adapters only those that are wanted are loaded; the others are named all the same."""
+    save(beside(fresh_model, "edge", "i2v"), tmp_path / "model")
+    place = Path(tmp_path / "model")
+    assert list(load_sum(ModelSource(model=str(place)), adapters=("edge",)).adapters) == ["edge"]
+    with pytest.raises(ValueError, match=r"depth maps is needed.* edge, i2v; add one with --adapter depth=PLACE"):
+        load_sum(ModelSource(model=str(place)), adapters=("depth",))
+    own = (f"depth={place / 'adapters' / 'edge'}",)
+    assert list(load_sum(ModelSource(model=str(place), adapter=own), adapters=("depth",)).adapters) == ["depth"]
+    assert list(load_sum(ModelSource(model=str(place))).adapters) == ["edge", "i2v"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load, read_adapter, save
+from animatelcm.condition import Condition, Control
 from animatelcm.fusion import baked, base_state, fuse
 from animatelcm.hub import find
 from animatelcm.model import VideoModel
@@ -20,6 +23,7 @@ from animatelcm.sampling import initial_noise, sample_steps
 from animatelcm.weights.files import State, read_safetensors
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import Lora, LoraLayer
+from test_condition import beside, clip
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +302,108 @@ def test_an_image_model_gains_motion_without_changing(fresh_model):
     with torch.inference_mode():
         per_frame = torch.cat([image.unet(x[:, :, f : f + 1], t, text) for f in range(3)], dim=2)
         assert torch.allclose(video.unet(x, t, text), per_frame, atol=1e-5)
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def steered_folder(fresh_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("steered") / "model"
+    save(beside(fresh_model), path, dtype=torch.float32)
+    return path
+
+
+def test_adapters_are_saved_and_loaded_by_name(fresh_model, steered_folder, tmp_path):
+    before, after = beside(fresh_model), load(steered_folder)
+    assert list(after.adapters) == ["edge", "i2v", "pose"]
+    for name, network in after.adapters.items():
+        assert type(network) is type(before.adapters[name])
+        assert _same_state(network.state_dict(), before.adapters[name].state_dict())
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert _same_state(
+            read_adapter(steered_folder / "adapters" / name, torch.float32).state_dict(), network.state_dict()
+        )
+    assert list(load(steered_folder, adapters=("edge",)).adapters) == ["edge"]
+    assert load(steered_folder, adapters=()).adapters == {}
+    assert {p.dtype for p in load(steered_folder, dtype=torch.float16).adapters["pose"].parameters()} == {torch.float16}
+    save(after, tmp_path / "again", dtype=torch.float32)
+    assert _weights(tmp_path / "again").keys() == _weights(steered_folder).keys()
+    for name in after.adapters:
+        configs = [folder / "adapters" / name / "config.json" for folder in (tmp_path / "again", steered_folder)]
+        assert json.loads(configs[0].read_text()) == json.loads(configs[1].read_text())
+
+
+def test_sums_leave_adapters_alone(steered_folder, tmp_path):
+    model = load(steered_folder)
+    fuse(model, style=(_random_lora(model, 1), 0.5))
+    save(baked(model), tmp_path / "sum", dtype=torch.float32)
+    before, after = load(steered_folder), load(tmp_path / "sum")
+    assert list(after.adapters) == list(before.adapters)
+    assert all(_same_state(after.adapters[k].state_dict(), v.state_dict()) for k, v in before.adapters.items())
+    assert not _same_state(after.unet.state_dict(), before.unet.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["no weights", "no json", "another class", "a key less", "not finite"])
+def test_a_damaged_adapter_is_named(steered_folder, tmp_path, damage):
+    shutil.copytree(steered_folder, tmp_path / "model")
+    folder = tmp_path / "model" / "adapters" / "edge"
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    state = read_safetensors(weights)
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "no json":
+        config.write_text("[1, 2")
+    elif damage == "another class":
+        config.write_text('{"_class_name": "os.system"}')
+    else:
+        state.pop("adapter.conv_in.bias") if damage == "a key less" else state["adapter.conv_in.bias"].fill_(torch.nan)
+        save_file(state, weights)
+    with pytest.raises(ValueError, match=r"adapters.edge"):
+        load(tmp_path / "model")
+    assert list(load(tmp_path / "model", adapters=("pose",)).adapters) == ["pose"]
+
+
+def test_diffusers_draws_the_same_controlled_picture(tmp_path):
+    """The shipped model with a ControlNet that acts, in stock diffusers and here, from the same folder."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    save(beside(load("emoji", teacher=True), "pose"), tmp_path / "model", dtype=torch.float32)
+    model = load(tmp_path / "model", image_scale=0.0)
+    control = ControlNetModel.from_pretrained(tmp_path / "model" / "adapters" / "pose", local_files_only=True)
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(
+        tmp_path / "model", controlnet=control, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    request = SampleRequest(prompt="a parrot", num_frames=1, num_inference_steps=3, guidance_scale=3.0, seed=3)
+    request = request.resolved(model.facts)
+    maps = clip(1)
+
+    def picture(condition: Condition) -> np.ndarray:
+        with torch.inference_mode():
+            *_, last = sample_steps(model, request, condition=condition)
+            drawn = model.vae.decode(last.latents[:, :, 0] / model.vae.config.scaling_factor).sample[0]
+        return (drawn.permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1)
+
+    def theirs(scale: float, start: float, end: float) -> np.ndarray:
+        return pipe(
+            "a parrot",
+            image=torch.from_numpy(maps).permute(0, 3, 1, 2) / 255,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            latents=initial_noise(model, request)[:, :, 0],
+            height=64,
+            width=64,
+            controlnet_conditioning_scale=scale,
+            control_guidance_start=start,
+            control_guidance_end=end,
+            output_type="np",
+        ).images[0]
+
+    plain = picture(Condition())
+    for settings in ((0.2, 0.0, 1.0), (0.1, 0.0, 0.5)):
+        ours = picture(Condition(controls=(Control("pose", maps, *settings),)))
+        assert ours.std() > 0.05
+        assert np.abs(ours - plain).max() > 0.1
+        assert np.abs(theirs(*settings) - ours).max() < 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import standins
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load
+from animatelcm.bundle import load, save
 from animatelcm.conversion import convert
 from animatelcm.request import ModelSource
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
+from animatelcm.weights.motion import read_motion
+from test_condition import beside
 
 
 def _same(one, two) -> bool:
@@ -181,3 +184,72 @@ def test_a_header_that_lies_is_refused(tmp_path, said):
     save_file(standins.fill(standins.mm_v2()), tmp_path / "in.safetensors", metadata={"animatelcm": said})
     with pytest.raises(ValueError, match=r"in\.safetensors.*damaged"):
         load_sum(ModelSource(model=str(_base(tmp_path)), motion=str(tmp_path / "in.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def steered(fresh_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("steered") / "model"
+    save(beside(fresh_model), path)
+    return path
+
+
+def test_motion_modules_and_image_encoder_go_into_one_file_and_out_of_it(steered, tmp_path):
+    """As AnimateLCM's image-to-video file: by its name it is found again, bit for bit."""
+    made = convert(steered, tmp_path / "i2v.safetensors", to="animatediff", part="i2v")
+    encoder = load_file(steered / "adapters" / "i2v" / "diffusion_pytorch_model.safetensors")
+    motion = load_file(steered / "motion_adapter" / "diffusion_pytorch_model.safetensors")
+    found = read_motion(made.path)
+    assert found.image_encoder.keys() == encoder.keys()
+    assert all(torch.equal(value, encoder[key]) for key, value in found.image_encoder.items())
+    assert all(torch.equal(value, motion[key]) for key, value in found.state.items())
+    assert {key for key in read_header(made.path) if key.startswith("img_encoder.")} == {
+        f"img_encoder.{key}" for key in encoder
+    }
+    assert identify(read_header(made.path)).image_encoder
+    own, given = load(steered), load_sum(ModelSource(model=str(steered), motion=str(made.path)))
+    assert list(given.adapters) == ["edge", "pose", "i2v"]
+    for ours, theirs in ((own.unet, given.unet), (own.adapters["i2v"], given.adapters["i2v"])):
+        after = theirs.state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in ours.state_dict().items())
+    assert not read_motion(convert(steered, tmp_path / "t2v.safetensors", to="animatediff").path).image_encoder
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (None, r"has no image encoder \(adapters/i2v\)"),
+        ({"_class_name": "ImageTokens"}, "another kind"),
+        ({"sees": "pixels"}, "another kind"),
+        ({"spread": "first"}, "another kind"),
+    ],
+)
+def test_an_encoder_that_such_a_file_cannot_say_is_refused(steered, tmp_path, change, named):
+    folder = tmp_path / "model"
+    shutil.copytree(steered, folder)
+    config = folder / "adapters" / "i2v" / "config.json"
+    if change is None:
+        shutil.rmtree(config.parent)
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=named):
+        convert(folder, tmp_path / "out.safetensors", to="animatediff", part="i2v")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(("to", "part"), [("animatediff", "edge"), ("bundle", "i2v"), ("diffusers", "i2v")])
+def test_parts_that_do_not_go_with_a_format_are_refused(steered, tmp_path, to, part):
+    with pytest.raises(ValueError, match=f"part '{part}' does not go with '{to}'"):
+        convert(steered, tmp_path / "out.safetensors", to=to, part=part)
+
+
+@pytest.mark.parametrize("to", ["bundle", "diffusers"])
+def test_a_models_folder_keeps_its_adapters(steered, tmp_path, to):
+    convert(steered, tmp_path / "out", to=to)
+    for file in (steered / "adapters").rglob("*.safetensors"):
+        assert _same(file, tmp_path / "out" / file.relative_to(steered))
+    from diffusers import ControlNetModel, T2IAdapter
+
+    for kind, name in ((ControlNetModel, "pose"), (T2IAdapter, "edge")):
+        theirs = kind.from_pretrained(tmp_path / "out" / "adapters" / name, torch_dtype=torch.float16).state_dict()
+        ours = load_file(steered / "adapters" / name / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(value, ours[key]) for key, value in theirs.items())

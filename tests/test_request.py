@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from animatelcm.model import Facts
-from animatelcm.request import ModelSource, SampleRequest, command
+from animatelcm.request import ControlSource, ModelSource, SampleRequest, command
 
 FACTS = Facts(name="x", width=64, height=64, num_frames=16, num_inference_steps=25, guidance_scale=4.0)
 
@@ -29,6 +29,12 @@ def test_what_is_not_said_comes_from_the_model():
         ("guidance_scale", float("nan")),
         ("sampler", "euler"),
         ("seed", -1),
+        ("motion_scale", -0.1),
+        ("motion_scale", float("nan")),
+        ("colour_match", 1.1),
+        ("strength", -0.1),
+        ("strength", float("nan")),
+        ("fit", "squeeze"),
         ("num_videos_per_prompt", 0),
     ],
 )
@@ -104,3 +110,78 @@ def test_a_style_has_a_scale_behind_its_last_colon(text, expected):
 def test_a_scale_that_is_no_number_is_a_sentence(text):
     with pytest.raises(ValueError, match=rf"style '{text}': '.*' is no scale; write FILE or FILE:0\.8"):
         ModelSource(style=("fine:1", text)).styles()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("edge=a/b.mp4", ("edge", "a/b.mp4", False, 1.0, 0.0, 1.0)),
+        ("edge=b.mp4:0.8", ("edge", "b.mp4", False, 0.8, 0.0, 1.0)),
+        ("edge=b.mp4:0", ("edge", "b.mp4", False, 0.0, 0.0, 1.0)),
+        ("pose=map:b.mp4:.5@0.25-0.75", ("pose", "b.mp4", True, 0.5, 0.25, 0.75)),
+        ("canny=b:1@0-.5", ("canny", "b", False, 1.0, 0.0, 0.5)),
+        ("tile=C:\\x\\y.mp4:2", ("tile", "C:\\x\\y.mp4", False, 2.0, 0.0, 1.0)),
+        ("depth=map:C:\\x.mp4", ("depth", "C:\\x.mp4", True, 1.0, 0.0, 1.0)),
+        ("edge=a=b.mp4", ("edge", "a=b.mp4", False, 1.0, 0.0, 1.0)),
+        ("edge=at 10:30.mp4", ("edge", "at 10:30.mp4", False, 1.0, 0.0, 1.0)),
+    ],
+)
+def test_a_control_has_a_kind_a_file_and_perhaps_a_scale_and_a_part(text, expected):
+    assert ControlSource.parse(text) == expected
+    assert SampleRequest(prompt="a", control=(text,)).controls() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("nonsense", "is not KIND=FILE"),
+        ("", "is not KIND=FILE"),
+        ("edge=", "is not KIND=FILE"),
+        ("edge=map:", "is not KIND=FILE"),
+        ("=b.mp4", "is not KIND=FILE"),
+        ("my edge=b.mp4", "is not KIND=FILE"),
+        ("edge=b.mp4:11", "a scale of 0..10"),
+        ("edge=b.mp4:1@0.5-0.5", "within 0-1"),
+        ("edge=b.mp4:1@0.8-0.2", "within 0-1"),
+        ("edge=b.mp4:1@0-2", "within 0-1"),
+    ],
+)
+def test_a_control_that_is_none_is_a_sentence(text, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        SampleRequest(prompt="a", control=(text,))
+    assert repr(text) in str(caught.value)
+
+
+def test_adapters_have_names_and_places():
+    source = ModelSource(adapter=("edge=a/b", "i2v=C:\\x=y.ckpt"))
+    assert source.adapters() == {"edge": "a/b", "i2v": "C:\\x=y.ckpt"}
+    for text in ("a/b", "edge=", "=a/b", "my edge=a/b"):
+        with pytest.raises(ValueError, match="is not NAME=PLACE"):
+            ModelSource(adapter=(text,)).adapters()
+
+
+def test_a_request_names_the_adapters_that_it_needs():
+    assert SampleRequest(prompt="a", video="x.mp4").adapter_names() == set()
+    assert SampleRequest(prompt="a", image="x.png", control=("edge=x", "pose=y")).adapter_names() == {
+        "i2v",
+        "edge",
+        "pose",
+    }
+
+
+@given(st.lists(NAMES.map(lambda text: f"edge={text}"), max_size=3), NAMES, NAMES, st.floats(0, 1), st.floats(0, 4))
+@settings(max_examples=10, deadline=None)
+def test_what_steers_a_video_is_said_again(control, image, video, share, motion):
+    from animatelcm.cli import _sized
+
+    steers = {"control": tuple(control), "image": image, "video": video, "motion_scale": motion, "fit": "pad"}
+    request = SampleRequest(prompt="a", **steers, colour_match=share, strength=share, sampler="dpm++").resolved(FACTS)
+    source = ModelSource(adapter=("edge=a b", "i2v=it's"))
+    again = _parsed(shlex.split(command(request, source))[2:])
+    assert _sized(again.request, again.size).resolved(FACTS) == request
+    assert again.source == source
+
+
+def test_what_does_not_steer_needs_no_words():
+    words = shlex.split(command(SampleRequest(prompt="a").resolved(FACTS), ModelSource()))
+    assert not {"--image", "--fit", "--video", "--strength", "--control", "--motion-scale"} & set(words)

@@ -16,6 +16,7 @@ from animatelcm.conversion import convert
 from animatelcm.fusion import fuse
 from animatelcm.inspection import describe
 from animatelcm.request import ModelSource
+from test_condition import beside
 
 
 class _Payload:
@@ -56,10 +57,11 @@ def test_the_payload_is_one(hostile):
         lambda file: Pipeline.from_pretrained("emoji", motion=file),
         lambda file: Pipeline.from_pretrained("emoji", loras=[file]),
         lambda file: load_sum(ModelSource(model=str(file))),
+        lambda file: load_sum(ModelSource(adapter=(f"i2v={file}",))),
         lambda file: fuse(load("emoji"), style=(file, 1.0)),
         lambda file: fuse(load("emoji"), motion=(file, 1.0)),
     ],
-    ids=["load", "inspect", "convert", "motion", "loras", "model", "style", "fused motion"],
+    ids=["load", "inspect", "convert", "motion", "loras", "model", "adapter", "style", "fused motion"],
 )
 def test_nothing_runs(hostile, door):
     file, marker = hostile
@@ -78,4 +80,24 @@ def test_nothing_runs_in_a_folder(hostile, fresh_model, tmp_path, part):
     file.rename(weights.with_name(f"{stem}.bin"))
     with pytest.raises(ValueError, match=rf"{part}.*\.bin"):
         load(tmp_path / "model")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["edge", "pose", "i2v"])
+@pytest.mark.parametrize("door", ["load", "adapter", "inspect", "convert"])
+def test_nothing_runs_in_an_adapters_folder(hostile, fresh_model, tmp_path, name, door):
+    file, marker = hostile
+    folder = tmp_path / "model"
+    save(beside(fresh_model, name), folder)
+    place = folder / "adapters" / name
+    (place / "diffusion_pytorch_model.safetensors").unlink()
+    file.rename(place / "diffusion_pytorch_model.bin")
+    doors = {
+        "load": lambda: load(folder),
+        "adapter": lambda: load_sum(ModelSource(adapter=(f"{name}={place}",))),
+        "inspect": lambda: describe(place),
+        "convert": lambda: convert(folder, tmp_path / "out", to="bundle"),
+    }
+    with pytest.raises(ValueError, match=rf"{name}.*\.bin"):
+        doors[door]()
     assert not marker.exists()

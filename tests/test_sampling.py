@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from animatelcm.bundle import load
+from animatelcm.colour import aligned
+from animatelcm.condition import Condition, Control, to_pixels
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample, sample_steps
+from test_condition import beside, clip
 
 
 def _request(**fields) -> SampleRequest:
@@ -61,8 +67,6 @@ def test_the_caller_keeps_its_grad_mode(fresh_model):
 
 
 def test_one_frame_is_the_image_model(fresh_model):
-    from dataclasses import replace
-
     from animatelcm.nets.unet import VideoUNet
 
     image = VideoUNet(fresh_model.unet.config, None)
@@ -89,3 +93,110 @@ def test_diffusers_lcm_scheduler_walks_the_same_way(fresh_model):
             source = generator(request.seed, step + 1, 0, "latents")
             x = scheduler.step(fresh_model.unet(x, t.expand(1), text), t, x, generator=source).prev_sample
     assert (x - ours).abs().max() < 1e-4 * ours.abs().max()
+
+
+# What steers: pictures, layouts, videos
+
+
+@pytest.fixture(scope="module")
+def steered(fresh_model):
+    return beside(fresh_model)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "lcm", "dpm++"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_whatever_steers_changes_the_video_under_every_sampler(steered, sampler, guidance):
+    request = _request(sampler=sampler, guidance_scale=guidance, colour_match=0.0, strength=0.7)
+    plain = sample(steered, request, condition=Condition())[0]
+    for condition in (
+        Condition(image=clip()[0]),
+        Condition(controls=(Control("edge", clip()),)),
+        Condition(controls=(Control("pose", clip()),)),
+        Condition(video=clip()),
+    ):
+        made = sample(steered, request, condition=condition)[0]
+        assert made.frames.shape == plain.frames.shape
+        assert (made.frames != plain.frames).any()
+    assert (
+        sample(steered, request, condition=Condition(controls=(Control("pose", clip(), 0.0),)))[0].frames
+        == plain.frames
+    ).all()
+
+
+def test_colours_come_from_the_picture_at_the_end(steered):
+    def frames(share: float) -> np.ndarray:
+        return sample(steered, _request(colour_match=share), condition=Condition(image=clip()[0]))[0].frames
+
+    assert (frames(0.6) == aligned(frames(0.0), clip()[0], 0.6)).all()
+
+
+def _walked(model, request, condition) -> tuple[list[int], torch.Tensor]:
+    """Timesteps at which the network is asked, and the latents that it is given first."""
+    seen: list[tuple[int, torch.Tensor]] = []
+    hook = model.unet.register_forward_pre_hook(lambda _, given: seen.append((int(given[1][0]), given[0].clone())))
+    list(sample_steps(model, request, condition=condition))
+    hook.remove()
+    return [t for t, _ in seen], seen[0][1]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.35, 0.6, 0.99, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_a_video_is_begun_from_where_diffusers_begins(fresh_model, sampler, steps, strength):
+    """StableDiffusionImg2ImgPipeline.get_timesteps; where that has no step left, ours takes the last."""
+    from types import SimpleNamespace
+
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
+
+    kind = DDIMScheduler if sampler == "ddim" else DPMSolverMultistepScheduler
+    scheduler = kind.from_config(fresh_model.schedule.to_diffusers())
+    scheduler.set_timesteps(steps)
+    pipe = SimpleNamespace(scheduler=scheduler)
+    expected, _ = StableDiffusionImg2ImgPipeline.get_timesteps(pipe, steps, strength, "cpu")
+    request = _request(sampler=sampler, num_inference_steps=steps, strength=strength, num_frames=1)
+    times, first = _walked(fresh_model, request, Condition(video=clip(1)))
+    assert times == (expected.tolist() or scheduler.timesteps[-1:].tolist())
+    with torch.inference_mode():
+        latents = fresh_model.encode(to_pixels(clip(1)))
+    noise = initial_noise(fresh_model, request.resolved(fresh_model.facts))
+    noisy = DDIMScheduler.from_config(fresh_model.schedule.to_diffusers()).add_noise(
+        latents, noise, torch.tensor(times[:1])
+    )
+    torch.testing.assert_close(first, noisy, atol=1e-4, rtol=0)
+
+
+def test_few_steps_are_spread_over_what_strength_leaves(fresh_model):
+    request = _request(sampler="lcm", num_inference_steps=4, strength=0.5, num_frames=1)
+    times, _ = _walked(fresh_model, request, Condition(video=clip(1)))
+    assert times == fresh_model.schedule.lcm_timesteps(4, 0.5).tolist() == [499, 379, 259, 139]
+    whole, _ = _walked(fresh_model, replace(request, strength=1.0), Condition(video=clip(1)))
+    assert whole == _walked(fresh_model, request, Condition())[0] == [999, 759, 499, 259]
+
+
+def test_evaluations_are_those_that_were_made(fresh_model):
+    for sampler, steps in (("ddim", 6), ("dpm++", 6), ("lcm", 10)):
+        request = _request(sampler=sampler, num_inference_steps=10, strength=0.6, num_frames=1, guidance_scale=2.0)
+        assert sample(fresh_model, request, condition=Condition(video=clip(1)))[0].evaluations == 2 * steps
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "lcm", "dpm++"])
+def test_a_tiny_strength_keeps_the_clip(sampler):
+    """The shipped model, whose autoencoder means something: as good as the autoencoder alone."""
+    model = load("emoji", teacher=sampler != "lcm")
+    with torch.inference_mode():
+        kept = model.decode(model.encode(to_pixels(clip())))[0]
+
+    def psnr(strength: float) -> float:
+        request = _request(sampler=sampler, num_inference_steps=1, strength=strength)
+        request = replace(request, num_inference_steps=25 if sampler != "lcm" else 1)
+        made = sample(model, request, condition=Condition(video=clip()))[0].frames
+        return float(10 * np.log10(255**2 / np.mean((made.astype(float) - kept) ** 2)))
+
+    assert psnr(0.04) > 30
+    assert psnr(0.04) > psnr(0.4) + 3
+
+
+def test_a_strength_with_too_few_timesteps_left_is_one_sentence(fresh_model):
+    request = _request(sampler="lcm", num_inference_steps=4, strength=0.05)
+    with pytest.raises(ValueError, match=r"^strength=0\.05 leaves 2 of the 50 timesteps .* 0\.08 at least$"):
+        sample(fresh_model, request, condition=Condition(video=clip()))

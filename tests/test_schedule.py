@@ -140,6 +140,24 @@ def test_lcm_timesteps_are_those_of_diffusers_for_every_number_of_steps(total: i
         assert grid.issuperset(ours.tolist())
 
 
+@pytest.mark.parametrize("strength", [0.02, 0.1, 0.29, 0.3, 0.55, 0.6, 0.999, 1.0])
+@pytest.mark.parametrize("total", [7, 50, 100, 200])
+def test_lcm_timesteps_of_a_video_to_begin_from_are_those_of_diffusers(total: int, strength: float) -> None:
+    from diffusers import LCMScheduler
+
+    schedule, scheduler = NoiseSchedule(solver_steps=total), LCMScheduler()
+    for steps in (*range(1, 9), 25, 50):
+        try:
+            scheduler.set_timesteps(steps, original_inference_steps=total, strength=strength)
+        except ValueError:
+            with pytest.raises(ValueError, match="steps="):
+                schedule.lcm_timesteps(steps, strength)
+        else:
+            ours = schedule.lcm_timesteps(steps, strength)
+            assert torch.equal(ours, scheduler.timesteps)
+            assert ours[0] <= 1000 * strength
+
+
 def test_four_steps_of_the_released_weights() -> None:
     assert NoiseSchedule(solver_steps=100).lcm_timesteps(4).tolist() == [999, 749, 499, 249]
     assert NoiseSchedule(solver_steps=50).lcm_timesteps(4).tolist() == [999, 759, 499, 259]

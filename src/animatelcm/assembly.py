@@ -27,7 +27,7 @@ from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.families import Family, family_of
 from animatelcm.weights.files import State, read_header, read_state
 from animatelcm.weights.identify import identify
-from animatelcm.weights.motion import IMAGE_ENCODER, WIDEST, read_motion, weights_file
+from animatelcm.weights.motion import WIDEST, read_motion, weights_file
 from animatelcm.weights.motion import config as motion_settings
 
 LOG = logging.getLogger(__name__)
@@ -139,20 +139,22 @@ def _image_encoder(model: VideoModel, state: State, dtype: torch.dtype, where: s
     config = ImageEncoderConfig(
         channels=model.unet.config.block_out_channels, in_channels=model.vae.config.latent_channels
     )
-    return building.adapter(config.to_json(), dict(state), dtype, f"{where}: {IMAGE_ENCODER}")
+    return building.adapter(config.to_json(), dict(state), dtype, f"{where}: image encoder")
 
 
 def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> nn.Module:
     """An adapter from its folder, or the image encoder in a file of AnimateLCM's. Raises ValueError where its widths
     are not the model's."""
     if place.is_file():
-        encoder = read_motion(place).image_encoder
-        if not encoder or name != IMAGE:
+        found, widths = read_motion(place), model.unet.config.block_out_channels
+        if not found.image_encoder or name != IMAGE:
             raise ValueError(
                 f"{place}: an adapter is a diffusers folder with config.json; of single files only an AnimateLCM with "
                 "an image encoder is read, as i2v=FILE"
             )
-        return _image_encoder(model, encoder, dtype, str(place))
+        if found.channels != tuple(widths):
+            raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
+        return _image_encoder(model, found.image_encoder, dtype, str(place))
     _check_adapter(model, name, building.read_json(place / "config.json"), place)
     return read_adapter(place, dtype)
 

@@ -86,12 +86,13 @@ def with_pixels(
     The last frame holds where there are too few. Raises ValueError for pixels of another type or shape.
     """
     if isinstance(control, Mapping):
-        control = [Control(name, _maps(name, frames)) for name, frames in control.items()]
-    controls = tuple(part._replace(maps=_sized(part.maps, request)) for part in control)
+        parts = [Control(name, _maps(name, _sized(frames, request))) for name, frames in control.items()]
+    else:
+        parts = [part._replace(maps=_sized(part.maps, request)) for part in control]
     return replace(
         condition,
         image=condition.image if image is None else _picture(image, request),
-        controls=condition.controls + controls,
+        controls=(*condition.controls, *parts),
         video=condition.video if video is None else _sized(video, request),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import get_args
 
 import torch
 
-from animatelcm.building import empty_weights, read_json
-from animatelcm.bundle import IMAGE_LORA, load, new_folder, read_facts_file, save, write_json
+from animatelcm.building import empty_weights, read_json, read_part
+from animatelcm.bundle import ADAPTERS, IMAGE_LORA, load, new_folder, read_facts_file, save, write_json
+from animatelcm.condition import IMAGE
 from animatelcm.hub import find
 from animatelcm.ldm import is_checkpoint
 from animatelcm.nets import emoji, sd15
@@ -58,8 +59,9 @@ def convert(
     LoRA                "kohya", "peft"; of temporal layers "animatediff" too
     ==================  =================================================================================
 
-    ``part``: "teacher" (the teacher's motion module) or a style's name, of a model. Raises ValueError where a source
-    has no such form, naming those it has.
+    ``part``: of a model "teacher" (the teacher's motion module), "i2v" (its motion module with its image encoder, one
+    file as AnimateLCM's image-to-video) or a style's name. Raises ValueError where a source has no such form, naming
+    those it has.
     """
     out = Path(out)
     if to not in get_args(Target):
@@ -68,7 +70,7 @@ def convert(
     header = {} if place.is_dir() else read_header(place)
     if (place / "unet").is_dir() or is_checkpoint(header):
         return _from_model(place, out, to, dtype, part)
-    _refuse_part(place, part, "", to)
+    _refuse_part(place, part, to)
     if place.is_dir():
         return _from_motion(place, out, to, dtype)
     kind = identify(header)
@@ -82,7 +84,7 @@ def convert(
 def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: str) -> Converted:
     """A model's folder or checkpoint: as a folder, or one of its parts as a file."""
     if to in ("bundle", "diffusers"):
-        _refuse_part(place, part, "", to)
+        _refuse_part(place, part, to)
         model = load(place, dtype=dtype, image_scale=0.0)
         fast = model.facts.sampler == "lcm" and to == "diffusers"
         save(model, out, dtype, scheduler="LCMScheduler" if fast else "DDIMScheduler")
@@ -99,14 +101,17 @@ def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: st
 
 def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> Converted:
     """A model folder's motion module in AnimateDiff's keys, with its noise and settings in the header."""
-    _refuse_part(place, part, "teacher", "animatediff")
-    folder = place / ("motion_adapter_teacher" if part else "motion_adapter")
+    if part not in ("", "teacher", IMAGE):
+        raise ValueError(f"{place}: part {part!r} does not go with 'animatediff'; choose 'teacher' or {IMAGE!r}")
+    folder = place / ("motion_adapter_teacher" if part == "teacher" else "motion_adapter")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{place} has no {folder.name}; take a model that has temporal layers")
     found = read_motion(folder)
+    if part == IMAGE:
+        found = replace(found, image_encoder=_image_encoder(place))
     schedule = NoiseSchedule.from_diffusers(read_json(place / "scheduler" / "scheduler_config.json"))
     facts = read_facts_file(place, str(place))
-    facts = facts.of_teacher() if part else facts
+    facts = facts.of_teacher() if part == "teacher" else facts
     said = MotionFacts(
         motion={key: value for key, value in motion_settings(found).items() if key in MOTION},
         noise={key: getattr(schedule, key) for key in NOISE},
@@ -114,6 +119,21 @@ def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> C
         positions=facts.sampler != "lcm",
     )
     return _write_motion_file(out, found, dtype, said)
+
+
+def _image_encoder(place: Path) -> State:
+    """A model folder's image encoder, if it is of AnimateLCM's kind, of which such a file says nothing else."""
+    folder = place / ADAPTERS / IMAGE
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{place} has no image encoder ({ADAPTERS}/{IMAGE}); leave part={IMAGE!r} out, or train one")
+    config = read_json(folder / "config.json")
+    kind = [config.get("_class_name"), config.get("sees", "latent"), config.get("spread", "repeat")]
+    if kind != ["ImageEncoder", "latent", "repeat"]:
+        raise ValueError(
+            f"{folder} is of another kind than AnimateLCM's (a latent at every frame), which a file of motion modules "
+            "cannot say; keep it in its folder"
+        )
+    return read_part(folder, "diffusion_pytorch_model")
 
 
 def _from_motion(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Converted:
@@ -228,8 +248,6 @@ def _check_file(out: Path) -> None:
         raise ValueError(f"{out}: a file of weights is written as .safetensors; name it so")
 
 
-def _refuse_part(place: Path, part: str, allowed: str, to: str) -> None:
-    if part and part != allowed:
-        raise ValueError(
-            f"{place}: part {part!r} does not go with {to!r}" + (f"; choose {allowed!r}" if allowed else "")
-        )
+def _refuse_part(place: Path, part: str, to: str) -> None:
+    if part:
+        raise ValueError(f"{place}: part {part!r} does not go with {to!r}")

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from animatelcm import video
-from animatelcm.bundle import FACTS_FILE, IMAGE_LORA
+from animatelcm.building import read_json
+from animatelcm.bundle import ADAPTERS, FACTS_FILE, IMAGE_LORA
 from animatelcm.hub import find
 from animatelcm.weights.families import FAMILIES, Family
-from animatelcm.weights.files import WEIGHT_SUFFIXES, read_header, read_metadata, sha256
+from animatelcm.weights.files import WEIGHT_SUFFIXES, find_copy, read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import weights_file
 
 PARTS = ("unet", "motion_adapter", "vae", "text_encoder")
+ADAPTER_WORDS = {
+    "ControlNetModel": "ControlNet",
+    "T2IAdapter": "T2I-Adapter",
+    "ImageEncoder": "image encoder",
+    "ImageTokens": "image encoder (tokens)",
+}
+"""Classes in the config.json of an adapter's folder."""
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -29,7 +37,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         return _describe_weights(path)
     if (path / "config.json").is_file():
-        return _describe_weights(weights_file(path))
+        return _describe_part(path)
     if path.suffix.lower() in video.VIDEO_SUFFIXES or path.is_dir():
         return _describe_video(path)
     raise ValueError(
@@ -43,6 +51,8 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     files = list(folder.rglob("*.safetensors"))
     sizes = {part: _count(folder / part) for part in PARTS if (folder / part).is_dir()}
+    adapters = {place.parent.name: place.parent for place in sorted((folder / ADAPTERS).glob("*/config.json"))}
+    sizes |= {f"adapter {name}": _count(place) for name, place in adapters.items()}
     return {
         "kind": "model" if "motion_adapter" in sizes else "image model",
         "folder": str(folder),
@@ -50,6 +60,7 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         **{f"{part} parameters": count for part, count in sizes.items()},
         "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
         **_parts(folder),
+        **({"adapters": ", ".join(f"{k} ({_adapter(v)})" for k, v in adapters.items())} if adapters else {}),
         "betas": f"{scheduler['beta_schedule']} {scheduler['beta_start']} to {scheduler['beta_end']}",
         **(json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}),
     }
@@ -65,6 +76,23 @@ def _parts(folder: Path) -> dict[str, str]:
         "styles": ", ".join(styles),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _adapter(folder: Path) -> str:
+    """What an adapter's folder holds, for people to read; empty where it is no adapter's."""
+    config = read_json(folder / "config.json")
+    word = ADAPTER_WORDS.get(str(config.get("_class_name")), "")
+    return f"{word} of pixels" if word and config.get("sees") == "pixels" else word
+
+
+def _describe_part(folder: Path) -> dict[str, Any]:
+    """A network's folder: an adapter's, which its settings name, or what the weights in it are."""
+    if not (kind := _adapter(folder)):
+        return _describe_weights(weights_file(folder))
+    if (file := find_copy(folder, "diffusion_pytorch_model")) is None:
+        raise ValueError(f"{folder} is a {kind} without its weights: diffusion_pytorch_model.safetensors is missing")
+    facts = _describe_weights(file)
+    return {**facts, "kind": f"{kind[0].upper()}{kind[1:]} ({facts['parameters']:,} parameters)"}
 
 
 def _count(folder: Path) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from animatelcm.assembly import load_sum
+from animatelcm.condition import Control, read, with_pixels
 from animatelcm.model import VideoModel
 from animatelcm.request import ModelSource, SampleRequest, Video
 from animatelcm.sampling import sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Pipeline:
@@ -46,6 +51,33 @@ class Pipeline:
         self.model.to(device)
         return self
 
-    def __call__(self, prompt: str, **request: Any) -> list[Video]:  # noqa: ANN401 - SampleRequest's fields
-        """Videos of a prompt; keywords are ``SampleRequest``'s fields, and an unknown one is a TypeError."""
-        return sample(self.model, SampleRequest(prompt=prompt, **request))
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        image: str | Path | Image | np.ndarray | None = None,
+        control: Mapping[str, np.ndarray] | Sequence[str | Control] = (),
+        video: str | Path | np.ndarray | None = None,
+        **request: Any,  # noqa: ANN401 - SampleRequest's other fields
+    ) -> list[Video]:
+        """Videos of a prompt; keywords are ``SampleRequest``'s fields, and an unknown one is a TypeError.
+
+        ``image``, ``control`` and ``video`` take files, or pixels: a PIL image or uint8 (H, W, 3), a uint8 (F, H, W, 3)
+        to begin from, and of controls ``{"edge": frames}``, from which maps are made, or ``Control``s with maps that
+        are ready (``condition.with_pixels``). Pixels are not in the request that a video carries.
+        """
+        listed = () if isinstance(control, Mapping) else control
+        texts = tuple(part for part in listed if isinstance(part, str))
+        parts = [part for part in listed if not isinstance(part, str)]
+        files = {"image": image, "video": video}
+        files = {name: str(value) for name, value in files.items() if isinstance(value, str | Path)}
+        asked = SampleRequest(prompt=prompt, control=texts, **files, **request)
+        asked = asked.resolved(self.model.facts, self.model.downscale)
+        condition = with_pixels(
+            read(asked, self.model),
+            asked,
+            image=None if isinstance(image, str | Path) else image,
+            control=control if isinstance(control, Mapping) else parts,
+            video=None if isinstance(video, str | Path) else video,
+        )
+        return sample(self.model, asked, condition=condition)
