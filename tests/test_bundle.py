@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from animatelcm.adapters import Beside, read
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, read_adapter, save
+from animatelcm.bundle import load, save
 from animatelcm.condition import Condition, Control
 from animatelcm.fusion import baked, base_state, fuse
 from animatelcm.hub import find
@@ -323,7 +324,8 @@ def test_adapters_are_saved_and_loaded_by_name(fresh_model, steered_folder, tmp_
         assert not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
         assert _same_state(
-            read_adapter(steered_folder / "adapters" / name, torch.float32).state_dict(), network.state_dict()
+            read(steered_folder / "adapters" / name, name, Beside.of(before), torch.float32).state_dict(),
+            network.state_dict(),
         )
     assert list(load(steered_folder, adapters=("edge",)).adapters) == ["edge"]
     assert load(steered_folder, adapters=()).adapters == {}
@@ -345,7 +347,9 @@ def test_sums_leave_adapters_alone(steered_folder, tmp_path):
     assert not _same_state(after.unet.state_dict(), before.unet.state_dict())
 
 
-@pytest.mark.parametrize("damage", ["no weights", "no json", "another class", "a key less", "not finite"])
+@pytest.mark.parametrize(
+    "damage", ["no weights", "no json", "another class", "no end of layers", "a key less", "not finite"]
+)
 def test_a_damaged_adapter_is_named(steered_folder, tmp_path, damage):
     shutil.copytree(steered_folder, tmp_path / "model")
     folder = tmp_path / "model" / "adapters" / "edge"
@@ -357,6 +361,8 @@ def test_a_damaged_adapter_is_named(steered_folder, tmp_path, damage):
         config.write_text("[1, 2")
     elif damage == "another class":
         config.write_text('{"_class_name": "os.system"}')
+    elif damage == "no end of layers":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_res_blocks": 10**9}))
     else:
         state.pop("adapter.conv_in.bias") if damage == "a key less" else state["adapter.conv_in.bias"].fill_(torch.nan)
         save_file(state, weights)

@@ -23,6 +23,7 @@ ROWS = [
         "bundle",
         "assembly",
         "condition",
+        "adapters",
         "miniature",
         "roles",
     },

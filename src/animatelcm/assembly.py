@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-import reprlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from animatelcm import building
-from animatelcm.bundle import ADAPTERS, load, read_adapter
-from animatelcm.condition import IMAGE, lacking
+from animatelcm import adapters, building
+from animatelcm.adapters import IMAGE
+from animatelcm.bundle import ADAPTERS, load
+from animatelcm.condition import lacking
 from animatelcm.fusion import fuse
 from animatelcm.hub import ADAPTER_FILES, LORA_FILES, MOTION_FILES, find
 from animatelcm.model import VideoModel
 from animatelcm.nets.image_encoder import ImageEncoderConfig
 from animatelcm.nets.motion import MotionConfig
-from animatelcm.nets.unet import FIXED
 from animatelcm.request import ModelSource
 from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.families import Family, family_of
 from animatelcm.weights.files import State, read_header, read_state
 from animatelcm.weights.identify import identify
-from animatelcm.weights.motion import WIDEST, read_motion, weights_file
 from animatelcm.weights.motion import config as motion_settings
+from animatelcm.weights.motion import read_motion, weights_file
 
 LOG = logging.getLogger(__name__)
-MAP_READERS = ("ControlNetModel", "T2IAdapter")
-COPIED = (
-    *("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
-    *("transformer_layers_per_block", "attention_head_dim", "norm_num_groups", "use_linear_projection"),
-)
-"""Settings that a ControlNet, the copy of a UNet's way down, shares with it."""
 FAST_LORAS = ("lcm-lora",)
 """Families of LoRAs that change how a model is sampled."""
 
@@ -139,7 +130,7 @@ def _image_encoder(model: VideoModel, state: State, dtype: torch.dtype, where: s
     config = ImageEncoderConfig(
         channels=model.unet.config.block_out_channels, in_channels=model.vae.config.latent_channels
     )
-    return building.adapter(config.to_json(), dict(state), dtype, f"{where}: image encoder")
+    return adapters.built(config.to_json(), dict(state), dtype, f"{where}: image encoder")
 
 
 def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> nn.Module:
@@ -155,73 +146,7 @@ def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> n
         if found.channels != tuple(widths):
             raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
         return _image_encoder(model, found.image_encoder, dtype, str(place))
-    _check_adapter(model, name, building.read_json(place / "config.json"), place)
-    return read_adapter(place, dtype)
-
-
-def _check_adapter(model: VideoModel, name: str, config: Mapping[str, Any], place: Path) -> None:
-    """Whether what a config.json describes can stand beside the model, before anything is built after it.
-
-    Raises ValueError naming the class, or the setting that is another than the model needs.
-    """
-    kind = config.get("_class_name")
-    if kind not in (*MAP_READERS, "ImageEncoder", "ImageTokens"):
-        raise ValueError(f"{place} is a {kind!r}, which is no adapter; give a {MAP_READERS[0]} or a {MAP_READERS[1]}")
-    if (name == IMAGE) == (kind in MAP_READERS):
-        raise ValueError(
-            f"{place} is a {kind}, which {name!r} does not name; i2v names an image encoder, and the kind of its maps "
-            "(canny, edge, depth, pose, tile) any other adapter"
-        )
-    said = _defaults(kind) | dict(config)
-    for key, allowed in _allowed(kind, said, model).items():
-        if key in said and _plain(said[key]) not in map(_plain, allowed):
-            raise ValueError(
-                f"{place}: an adapter with {key}={reprlib.repr(said[key])}, and this model needs "
-                f"{' or '.join(map(repr, allowed))}; take one of its architecture"
-            )
-    widths, halvings = _plain(said.get("conditioning_embedding_out_channels")), len(model.vae.config.block_out_channels)
-    if kind == "ControlNetModel" and not _are_widths(widths, halvings):
-        raise ValueError(
-            f"{place}: an encoder of maps with widths {reprlib.repr(widths)}, and this model needs {halvings} of 1 to "
-            f"{WIDEST}; take one of its architecture"
-        )
-
-
-def _allowed(kind: str, said: Mapping[str, Any], model: VideoModel) -> dict[str, Sequence[object]]:
-    """What an adapter's settings may be beside a model, by name: all that decides how much is built, and what fits."""
-    unet, latent = model.unet.config, model.vae.config.latent_channels
-    if kind == "ControlNetModel":
-        same = {key: (getattr(unet, key),) for key in COPIED}
-        return {**same, **{key: (value,) for key, value in FIXED.items()}, "conditioning_channels": (3,)}
-    if kind == "T2IAdapter":
-        sizes = {"channels": (unet.block_out_channels,), "downscale_factor": (model.downscale,), "in_channels": (3, 1)}
-        return {**sizes, "num_res_blocks": (1, 2, 3, 4), "adapter_type": ("full_adapter", "light_adapter")}
-    if kind == "ImageEncoder":
-        seen = 3 if said["sees"] == "pixels" else latent
-        return {"channels": (unet.block_out_channels,), "in_channels": (seen,), "downscale": (model.downscale,)}
-    return {"in_channels": (latent,), "text_channels": (unet.cross_attention_dim,)}
-
-
-def _defaults(kind: str) -> dict[str, object]:
-    """Settings that a config.json may leave out."""
-    if kind == "ImageTokens":
-        return {"in_channels": None, "text_channels": None}
-    if kind == "ImageEncoder":
-        return asdict(ImageEncoderConfig())
-    import diffusers
-
-    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
-
-
-def _plain(value: object) -> object:
-    """A setting as it compares: JSON's lists as tuples, and nothing, 0 and False the same."""
-    return (tuple(value) if isinstance(value, list) else value) or None
-
-
-def _are_widths(value: object, count: int) -> bool:
-    whole = isinstance(value, tuple) and all(type(width) is int and 1 <= width <= WIDEST for width in value)
-    return whole and len(value) == count
+    return adapters.read(place, name, adapters.Beside.of(model), dtype)
 
 
 def _adopt(model: VideoModel, family: Family, name: str, *, noise: bool = True) -> None:

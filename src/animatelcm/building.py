@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.files import State, check_finite, find_copy, read_state
@@ -101,37 +100,6 @@ def _byte_letters() -> list[str]:
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
     hidden = 256 - len(shown)  # bytes without a visible character stand after all others
     return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(hidden)]
-
-
-def adapter(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> nn.Module:
-    """An adapter of the class that its config names, with these weights. ``state`` is emptied.
-
-    Raises ValueError where the class is none of ControlNetModel, T2IAdapter, ImageEncoder and ImageTokens.
-    """
-    name = config.get("_class_name")
-    with empty_weights():
-        if name == "ImageEncoder":
-            network: nn.Module = ImageEncoder(ImageEncoderConfig.from_json(dict(config)))
-        elif name == "ImageTokens":
-            network = ImageTokens(config["in_channels"], config["text_channels"])
-        elif name in ("ControlNetModel", "T2IAdapter"):
-            import diffusers
-
-            network = getattr(diffusers, name).from_config(dict(config))
-        else:
-            raise ValueError(
-                f"{where}: {name!r} is no adapter; give a folder of a ControlNetModel, a T2IAdapter or an image encoder"
-            )
-    return filled(network, state, dtype, where).to(memory_format=torch.channels_last)
-
-
-def adapter_config(network: nn.Module) -> dict[str, Any]:
-    """The contents of an adapter's config.json, from which ``adapter`` builds it again."""
-    if isinstance(network, ImageEncoder):
-        return network.config.to_json()
-    if isinstance(network, ImageTokens):
-        return {"_class_name": "ImageTokens", **network.settings}
-    return {**plain_config(network.config), "_class_name": type(network).__name__}
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

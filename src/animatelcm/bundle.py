@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from animatelcm import building
-from animatelcm.building import adapter_config, plain_config, read_json, read_part
+from animatelcm.adapters import Beside, read, settings_of
+from animatelcm.building import plain_config, read_json, read_part
 from animatelcm.fusion import fuse
 from animatelcm.hub import ASSETS, find
 from animatelcm.ldm import read_checkpoint
@@ -126,7 +127,7 @@ def _write_networks(model: VideoModel, folder: Path, dtype: torch.dtype) -> None
     _write_part(folder / "text_encoder", text_config, text, weights="model.safetensors", config="config.json")
     for name, network in model.adapters.items():
         state = _base_state(model, f"adapter_{name}", dtype)
-        _write_part(folder / ADAPTERS / name, adapter_config(network), state)
+        _write_part(folder / ADAPTERS / name, settings_of(network), state)
 
 
 def _base_state(model: VideoModel, part: str, dtype: torch.dtype) -> State:
@@ -185,7 +186,7 @@ def load(
         model = _from_file(place, dtype)
     else:
         model = _from_folder(place, str(source), dtype, with_teacher=teacher or keep_teacher)
-    model.adapters = _read_adapters(place / ADAPTERS, adapters, dtype)
+    model.adapters = _read_adapters(place / ADAPTERS, adapters, dtype, model)
     model.to(device)
     if teacher:
         return _as_teacher(model)
@@ -224,15 +225,12 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: b
     return model
 
 
-def _read_adapters(folder: Path, names: Collection[str] | None, dtype: torch.dtype) -> dict[str, nn.Module]:
+def _read_adapters(
+    folder: Path, names: Collection[str] | None, dtype: torch.dtype, model: VideoModel
+) -> dict[str, nn.Module]:
     places = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    return {place.name: read_adapter(place, dtype) for place in places if names is None or place.name in names}
-
-
-def read_adapter(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """An adapter from its folder, diffusers' or ours. Raises ValueError naming the file that is missing or misfits."""
-    config = read_json(folder / "config.json")
-    return building.adapter(config, read_part(folder, "diffusion_pytorch_model"), dtype, str(folder))
+    wanted = [place for place in places if names is None or place.name in names]
+    return {place.name: read(place, place.name, Beside.of(model), dtype) for place in wanted}
 
 
 def _read_text_state(folder: Path) -> State:

@@ -131,7 +131,7 @@ class Convert:
     dtype: Literal["fp16", "fp32"] = "fp16"
     """Numbers of 16 or 32 bits."""
     part: str = ""
-    """Of a model: a style's name (kohya, peft), or "teacher" (animatediff)."""
+    """Of a model: a style's name (kohya, peft); "teacher", or "i2v" with the image encoder (animatediff)."""
     force: bool = False
     """Replace what exists."""
     json: bool = False

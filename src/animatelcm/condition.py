@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from animatelcm import control_maps, images
+from animatelcm.adapters import IMAGE
 from animatelcm.model import VideoModel
 from animatelcm.nets.adapters import NOTHING, Adapter, Clues, Hints
 from animatelcm.request import SampleRequest
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LOG = logging.getLogger(__name__)
-IMAGE = "i2v"
-"""The name of the adapter that sees a picture."""
-
-Steer = Callable[[Tensor, Tensor, Tensor, float, float], Hints]
+Steering = Callable[[Tensor, Tensor, Tensor, float, float], Hints]
 """(x_t (B, C, F, h, w), t (B,), text (B, L, D), begin and end of the step as shares of all steps) -> hints."""
 
 
@@ -156,7 +154,7 @@ def _frames(request: SampleRequest, model: VideoModel, file: str, kind: str, *, 
 
 
 @torch.inference_mode()
-def steering(model: VideoModel, request: SampleRequest, condition: Condition) -> Steer:
+def steering(model: VideoModel, request: SampleRequest, condition: Condition) -> Steering:
     """The condition as hints for any evaluation of the network; what no step changes is computed once.
 
     Raises ValueError where the model lacks an adapter, or pixels have another size than the request's.

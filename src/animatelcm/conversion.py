@@ -11,9 +11,9 @@ from typing import get_args
 
 import torch
 
+from animatelcm.adapters import IMAGE
 from animatelcm.building import empty_weights, read_json, read_part
 from animatelcm.bundle import ADAPTERS, IMAGE_LORA, load, new_folder, read_facts_file, save, write_json
-from animatelcm.condition import IMAGE
 from animatelcm.hub import find
 from animatelcm.ldm import is_checkpoint
 from animatelcm.nets import emoji, sd15

@@ -21,7 +21,7 @@ import torch
 
 import animatelcm
 from animatelcm import video
-from animatelcm.condition import IMAGE
+from animatelcm.adapters import IMAGE
 from animatelcm.data.batches import to_pixels
 from animatelcm.data.emoji import Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SpritePack

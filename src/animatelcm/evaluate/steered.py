@@ -15,7 +15,8 @@ from statistics import fmean
 
 import numpy as np
 
-from animatelcm.condition import IMAGE, Condition, Control
+from animatelcm.adapters import IMAGE
+from animatelcm.condition import Condition, Control
 from animatelcm.control_maps import made
 from animatelcm.data.emoji import Shot, drawn, staged
 from animatelcm.data.looks import RENDERED, layout
