@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import shlex
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from animatelcm import images, request
 from animatelcm.model import Facts
 from animatelcm.request import ControlSource, ModelSource, SampleRequest, command
 
@@ -185,3 +187,7 @@ def test_what_steers_a_video_is_said_again(control, image, video, share, motion)
 def test_what_does_not_steer_needs_no_words():
     words = shlex.split(command(SampleRequest(prompt="a").resolved(FACTS), ModelSource()))
     assert not {"--image", "--fit", "--video", "--strength", "--control", "--motion-scale"} & set(words)
+
+
+def test_a_picture_is_fitted_as_requests_say():
+    assert get_args(request.Fit) == get_args(images.Fit)

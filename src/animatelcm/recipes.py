@@ -193,7 +193,7 @@ def i2v_emoji() -> TrainConfig:
         model="emoji",
         data=DataConfig(kind="emoji-clips", length=6_000),
         adapter=AdapterConfig(name="i2v", kind="image"),
-        consistency=ConsistencyConfig(earlier="noise", k=40, huber_c=0.3),
+        consistency=ConsistencyConfig(earlier="noise", k=60, huber_c=0.3),
         steps=1_000,
         batch_size=4,
         learning_rate=2e-3,
