@@ -56,11 +56,7 @@ def read(request: SampleRequest, model: VideoModel) -> Condition:
         _check_adapter(model, name)
     if request.video:
         _check_strength(model, request)
-    assert request.height is not None
-    assert request.width is not None
-    image = None
-    if request.image:
-        image = images.fitted(images.read_image(request.image), request.height, request.width, request.fit)
+    image = _picture(images.read_image(request.image), request) if request.image else None
     controls = [
         Control(c.name, _frames(request, model, c.file, c.name, ready=c.ready), c.scale, c.start, c.end)
         for c in request.controls()
@@ -100,21 +96,16 @@ def _maps(kind: str, frames: np.ndarray) -> np.ndarray:
 
 
 def _picture(image: Image | np.ndarray, request: SampleRequest) -> np.ndarray:
-    assert request.height is not None
-    assert request.width is not None
     from PIL import ImageOps
 
     pixels = image if isinstance(image, np.ndarray) else images.rgb(ImageOps.exif_transpose(image))
-    return images.fitted(pixels, request.height, request.width, request.fit)
+    return images.fitted(pixels, *request.shape[1:], request.fit)
 
 
 def _sized(frames: np.ndarray, request: SampleRequest) -> np.ndarray:
-    assert request.num_frames is not None
-    assert request.height is not None
-    assert request.width is not None
-    taken = images.checked_pixels(frames, 4)[: request.num_frames]
-    fitted = [images.fitted(frame, request.height, request.width, "crop") for frame in taken]
-    return np.stack([*fitted, *fitted[-1:] * (request.num_frames - len(fitted))])
+    count, height, width = request.shape
+    fitted = [images.fitted(frame, height, width, "crop") for frame in images.checked_pixels(frames, 4)[:count]]
+    return np.stack([*fitted, *fitted[-1:] * (count - len(fitted))])
 
 
 def lacking(name: str, known: Collection[str]) -> ValueError:
@@ -144,10 +135,7 @@ def _check_strength(model: VideoModel, request: SampleRequest) -> None:
 
 
 def _frames(request: SampleRequest, model: VideoModel, file: str, kind: str, *, ready: bool) -> np.ndarray:
-    assert request.num_frames is not None
-    assert request.height is not None
-    assert request.width is not None
-    size = {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+    size = dict(zip(("num_frames", "height", "width"), request.shape, strict=True))
     frames, said = control_maps.read(file, kind, ready=ready, fps=model.facts.fps, **size)
     LOG.info("%s", said)
     return frames
@@ -195,7 +183,7 @@ def _adapter(model: VideoModel, name: str, motion_scale: float = 0.0) -> Adapter
 
 
 def _check_sizes(request: SampleRequest, condition: Condition) -> None:
-    size, frames = (request.height, request.width), request.num_frames
+    frames, *size = request.shape
     given = {"the picture": condition.image, "the video to begin from": condition.video}
     given |= {f"control {control.name}": control.maps for control in condition.controls}
     for what, pixels in given.items():

@@ -197,6 +197,14 @@ class SampleRequest:
                 raise ValueError(f"{name}={value} is not a multiple of {cell}; the nearest is {nearest}")
         return full
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of a resolved request."""
+        assert self.num_frames is not None
+        assert self.height is not None
+        assert self.width is not None
+        return self.num_frames, self.height, self.width
+
     def controls(self) -> list[ControlSource]:
         """What ``control`` names, read. Raises ValueError for what is none."""
         return [ControlSource.parse(text) for text in self.control]

@@ -105,11 +105,8 @@ def _taken(request: SampleRequest, start: object | None) -> int:
 
 def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
     """x_T of a resolved request: (1, C, F, h, w), standard normal, by the request's seed."""
-    assert request.num_frames is not None
-    assert request.height is not None
-    assert request.width is not None
-    cells = (request.height // model.downscale, request.width // model.downscale)
-    shape = (1, model.vae.config.latent_channels, request.num_frames, *cells)
+    frames, height, width = request.shape
+    shape = (1, model.vae.config.latent_channels, frames, height // model.downscale, width // model.downscale)
     return torch.randn(shape, generator=generator(request.seed, 0, 0, "latents"))
 
 
@@ -118,8 +115,7 @@ def _guided_eps(model: VideoModel, request: SampleRequest, condition: Condition,
     text]."""
     scale = request.guidance_scale
     assert scale is not None
-    assert request.num_frames is not None
-    motion, steps = request.num_frames > 1, count()
+    motion, steps = request.shape[0] > 1, count()
     steer = steering(model, request, condition)
 
     def steered(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
