@@ -7,11 +7,11 @@ from pathlib import Path
 
 import animatelcm
 from animatelcm import cli, recipes
-from animatelcm.config import ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
+from animatelcm.config import AdapterConfig, ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
 from animatelcm.model import Facts
 from animatelcm.request import ModelSource, SampleRequest, Video
 
-CONFIGS = (TrainConfig, DataConfig, LoraConfig, ConsistencyConfig)
+CONFIGS = (TrainConfig, DataConfig, LoraConfig, ConsistencyConfig, AdapterConfig)
 KINDS = (SampleRequest, ModelSource, Video, Facts, *CONFIGS, *cli.VERBS.values(), cli.RunOptions)
 RECORD = Path(__file__).with_name("surface.txt")
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from animatelcm.bundle import load as load
+    from animatelcm.condition import Condition as Condition
+    from animatelcm.condition import Control as Control
     from animatelcm.config import TrainConfig as TrainConfig
     from animatelcm.fusion import fuse as fuse
     from animatelcm.fusion import unfuse as unfuse
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Condition": "condition",
+    "Control": "condition",
     "NoiseSchedule": "schedule",
     "Pipeline": "pipeline",
     "SampleRequest": "request",
