@@ -83,6 +83,15 @@ class AdapterConfig:
     """Of kind image: the picture at every frame, or at the first one alone."""
     motion_scale: float = 0.8
     """Of kind image: how strong the frames' positions are."""
+    start: Literal["fresh", "model"] = "fresh"
+    """Where it begins: from nothing, or as the model's own of that name."""
+
+    def __post_init__(self) -> None:
+        if (self.name == "i2v") == self.reads_maps or not self.name.isidentifier():
+            raise ValueError(
+                f"adapter.name={self.name!r} with kind={self.kind!r}: an encoder of pictures is named i2v, and what "
+                "reads maps after their kind, such as edge"
+            )
 
     @property
     def reads_maps(self) -> bool:

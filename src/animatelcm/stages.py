@@ -86,13 +86,14 @@ def _with_adapter(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The model with the adapter that will train: a fresh one, or with ``config.lora`` LoRA layers on its own."""
     assert config.adapter is not None
     name = config.adapter.name
-    if config.lora is not None:
+    if config.lora is not None or config.adapter.start == "model":
         if name not in model.adapters:
             known = ", ".join(model.adapters) or "none"
-            raise ValueError(f"{config.model} has no adapter {name!r} to adapt (it has {known}); train one first")
+            raise ValueError(f"{config.model} has no adapter {name!r} to go on from (it has {known}); train one first")
         network = model.adapters[name]
+    if config.lora is not None:
         lora.inject(network, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
-    else:
+    elif config.adapter.start == "fresh":
         latents = model.vae.config.latent_channels
         network = fresh_adapter(config.adapter, model.unet.config, latent_channels=latents, downscale=model.downscale)
         if config.adapter.kind == "controlnet":
