@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from animatelcm import streams, video
-from animatelcm.control_maps import KINDS, made, read
+from animatelcm.control_maps import made, read
 from animatelcm.images import fitted
 
 
@@ -121,7 +121,7 @@ def test_a_tile_is_the_frame():
     [
         ("depth", disc(), "a depth control needs ready maps: give a clip of them, as depth=map:FILE"),
         ("pose", disc(), "a pose control needs ready maps: give a clip of them, as pose=map:FILE"),
-        ("scribble", disc(), f"no control 'scribble'; choose {', '.join(KINDS)}"),
+        ("scribble", disc(), "scribble maps cannot be made here, only canny, edge and tile; give ready ones"),
         ("edge", disc()[0], "(F, H, W, 3) is needed"),
         ("tile", disc() / 255, "to_uint8"),
     ],
@@ -259,7 +259,7 @@ def test_frames_are_fitted_then_mapped(tmp_path, kind):
     ("name", "change", "said"),
     [
         ("clip", {"ready": False}, "a depth control needs ready maps"),
-        ("clip", {"kind": "scribble"}, "no control 'scribble'"),
+        ("clip", {"kind": "scribble", "ready": False}, "scribble maps cannot be made here"),
         ("clip", {"num_frames": 0}, "num_frames=0"),
         ("clip", {"height": 0}, "8x0"),
         ("clip", {"fps": 0}, "fps=0"),
@@ -289,3 +289,8 @@ def test_a_rate_that_is_none_is_said(tmp_path):
         (path / "metadata.json").write_text(note.replace('"8"', f'"{rate}"'))
         with pytest.raises(ValueError, match=f"has {rate} frames a second"):
             take(path)
+
+
+def test_maps_of_any_kind_are_read_where_they_are_ready(tmp_path):
+    video.write(numbered(4), tmp_path / "clip", fps=8)
+    assert np.array_equal(take(tmp_path / "clip", kind="seg")[0], take(tmp_path / "clip", kind="depth")[0])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +52,8 @@ def perfect(asked):
     """A sampler that draws what its prompt was taken from."""
     data = PROTOCOL.data(PROMPT_SEED, PROTOCOL.clips)
 
-    def sample(model, request):
+    def sample(model, request, *, condition):
+        assert condition.image is None
         asked.append(request)
         shot = data.shot(request.seed)
         assert request.prompt == shot.caption
@@ -105,9 +107,9 @@ def test_rows_are_kept_and_measured_once(fresh_model, tmp_path, monkeypatch):
 
 
 def recording(asked, sample):
-    def recorded(model, request):
+    def recorded(model, request, *, condition):
         asked.append(request)
-        return sample(model, request)
+        return sample(model, request, condition=condition)
 
     return recorded
 
@@ -161,3 +163,20 @@ def test_the_sheet_shows_what_a_request_makes(fresh_model, monkeypatch):
     assert len(rows) == 1
     assert np.array_equal(sheet[rows[0] : rows[0] + 64, 2 + 7 * 66 : 66 + 7 * 66], first.frames[-1])
     assert [done for _, done, total in titles if total == 2] == [1, 2]
+
+
+def test_another_adapter_is_measured_anew(fresh_model):
+    steered = replace(fresh_model, adapters={"edge": torch.nn.Linear(2, 2)})
+    assert fingerprint(steered) == fingerprint(fresh_model)
+    before = fingerprint(steered, "edge")
+    torch.nn.init.zeros_(steered.adapters["edge"].weight)
+    assert len({fingerprint(steered), before, fingerprint(steered, "edge")}) == 3
+
+
+def test_what_cannot_be_steered_is_said_before_anything_is_drawn(fresh_model, tmp_path):
+    asked = {"settings": [], "protocol": Protocol(clips=2, real=2, steer="edge"), "out": tmp_path}
+    with pytest.raises(ValueError, match="reads edge maps is needed"):
+        evaluate(replace(fresh_model, adapters={}), "x", **asked)
+    steered = replace(fresh_model, adapters={"edge": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="leave the kind images out"):
+        evaluate(steered, "x", **asked, kinds=("images",))

@@ -8,7 +8,8 @@ import torch
 
 from animatelcm.bundle import load
 from animatelcm.colour import aligned
-from animatelcm.condition import Condition, Control, to_pixels
+from animatelcm.condition import Condition, Control
+from animatelcm.data.batches import to_pixels
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample, sample_steps
 from test_condition import beside, clip
@@ -157,7 +158,7 @@ def test_a_video_is_begun_from_where_diffusers_begins(fresh_model, sampler, step
     times, first = _walked(fresh_model, request, Condition(video=clip(1)))
     assert times == (expected.tolist() or scheduler.timesteps[-1:].tolist())
     with torch.inference_mode():
-        latents = fresh_model.encode(to_pixels(clip(1)))
+        latents = fresh_model.encode(to_pixels([clip(1)]))
     noise = initial_noise(fresh_model, request.resolved(fresh_model.facts))
     noisy = DDIMScheduler.from_config(fresh_model.schedule.to_diffusers()).add_noise(
         latents, noise, torch.tensor(times[:1])
@@ -184,7 +185,7 @@ def test_a_tiny_strength_keeps_the_clip(sampler):
     """The shipped model, whose autoencoder means something: as good as the autoencoder alone."""
     model = load("emoji", teacher=sampler != "lcm")
     with torch.inference_mode():
-        kept = model.decode(model.encode(to_pixels(clip())))[0]
+        kept = model.decode(model.encode(to_pixels([clip()])))[0]
 
     def psnr(strength: float) -> float:
         request = _request(sampler=sampler, num_inference_steps=1, strength=strength)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from animatelcm import adapters, building
-from animatelcm.adapters import IMAGE
+from animatelcm import building
+from animatelcm.adapters import IMAGE, Beside, built
+from animatelcm.adapters import read as read_adapter
 from animatelcm.bundle import ADAPTERS, load
 from animatelcm.condition import lacking
 from animatelcm.fusion import fuse
@@ -112,6 +113,8 @@ def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
     others = {name: network for name, network in model.adapters.items() if name != IMAGE}
     if found.image_encoder:
         others[IMAGE] = _image_encoder(model, found.image_encoder, dtype, str(place))
+    elif IMAGE in model.adapters:
+        LOG.info("%s: the model's image encoder was made for other temporal layers, and is left out", place.name)
     model.adapters = others
     family = identify(read_header(weights_file(place))).family
     if said.sampling or said.noise:
@@ -130,7 +133,7 @@ def _image_encoder(model: VideoModel, state: State, dtype: torch.dtype, where: s
     config = ImageEncoderConfig(
         channels=model.unet.config.block_out_channels, in_channels=model.vae.config.latent_channels
     )
-    return adapters.built(config.to_json(), dict(state), dtype, f"{where}: image encoder")
+    return built(config.to_json(), dict(state), dtype, f"{where}: image encoder")
 
 
 def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> nn.Module:
@@ -146,7 +149,7 @@ def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> n
         if found.channels != tuple(widths):
             raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
         return _image_encoder(model, found.image_encoder, dtype, str(place))
-    return adapters.read(place, name, adapters.Beside.of(model), dtype)
+    return read_adapter(place, name, Beside.of(model), dtype)
 
 
 def _adopt(model: VideoModel, family: Family, name: str, *, noise: bool = True) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from animatelcm import control_maps, images
 from animatelcm.adapters import IMAGE
+from animatelcm.data.batches import to_pixels
 from animatelcm.model import VideoModel
 from animatelcm.nets.adapters import NOTHING, Adapter, Clues, Hints
 from animatelcm.request import SampleRequest
@@ -36,7 +37,7 @@ class Control(NamedTuple):
     end: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Condition:
     """Pixels that steer a video, all of its size; None or empty where there are none."""
 
@@ -152,11 +153,11 @@ def steering(model: VideoModel, request: SampleRequest, condition: Condition) ->
         _check_strength(model, request)
     parts: list[tuple[Adapter, Clues, Control]] = []
     if condition.image is not None:
-        pixels = to_pixels(condition.image[None]).to(model.device)
+        pixels = to_pixels([condition.image[None]]).to(model.device)
         clues = Clues(image=model.encode(pixels)[:, :, 0], pixels=pixels[:, :, 0])
         parts.append((_adapter(model, IMAGE, request.motion_scale), clues, Control(IMAGE, condition.image)))
     for control in condition.controls:
-        maps = to_pixels(control.maps).add(1).div(2).to(model.device)
+        maps = to_pixels([control.maps]).add(1).div(2).to(model.device)
         parts.append((_adapter(model, control.name), Clues(maps=maps), control))
     steady: dict[int, Hints] = {}
 
@@ -192,8 +193,3 @@ def _check_sizes(request: SampleRequest, condition: Condition) -> None:
         wanted = (*size, 3) if what == "the picture" else (frames, *size, 3)
         if pixels.shape != wanted or pixels.dtype != np.uint8:
             raise ValueError(f"{what} is {pixels.dtype} {pixels.shape}; give uint8 {wanted}, as the video will be")
-
-
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 (F, H, W, 3) -> (1, 3, F, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)

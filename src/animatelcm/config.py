@@ -204,12 +204,22 @@ class TrainConfig:
             raise ValueError(f'objective="consistency" trains "lora", "motion" or "adapter", not {self.trainable!r}')
         if (self.trainable == "adapter") != (self.adapter is not None):
             raise ValueError('adapter describes what trains: give it with trainable="adapter", only there')
+        if self.adapter is not None and (self.model == "new" or self.sample_prompts):
+            raise ValueError("an adapter stands beside a model that exists, and has no sample_prompts; give neither")
+        if self.adapter is not None and self.lora is None and self.objective == "consistency" and self._taught:
+            raise ValueError(
+                'a teacher has no new adapter: set consistency.earlier="noise", or give lora to adapt one that is there'
+            )
         if self.trainable != "adapter" and self.trains_lora != (self.lora is not None):
             raise ValueError(
                 'lora describes what trains: give it with trainable="lora", "adapter" or without decoupling, only there'
             )
         if self.objective == "consistency" and self.consistency.earlier == "noise" and self.trainable != "adapter":
             raise ValueError('consistency.earlier="noise" is for trainable="adapter"; others have a teacher')
+
+    @property
+    def _taught(self) -> bool:
+        return self.consistency.earlier == "teacher"
 
     @property
     def trains_lora(self) -> bool:

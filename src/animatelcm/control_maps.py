@@ -46,8 +46,6 @@ def read(
     their names and the numbers in them; the last frame holds where there are too few. Frames are cropped to the size
     and, unless they are ``ready`` maps, made into maps. Of a stream, nothing after the last frame needed is decoded.
     """
-    if kind not in KINDS:
-        raise ValueError(_unknown(kind))
     if min(num_frames, height, width) < 1 or not 0.001 <= fps <= 1000:
         raise ValueError(f"num_frames={num_frames}, {width}x{height}, fps={fps}: at least 1, 1x1 and 0.001 are needed")
     mapped = _itself if ready else _mapping(kind)
@@ -71,7 +69,7 @@ def _mapping(kind: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _unknown(kind: str) -> str:
-    return f"there is no control {kind!r}; choose {', '.join(KINDS)}"
+    return f"{kind} maps cannot be made here, only {', '.join(KINDS[:2])} and tile; give ready ones, as {kind}=map:FILE"
 
 
 def _opencv(kind: str) -> ModuleType:

@@ -202,6 +202,8 @@ def save(frames: np.ndarray, path: Path, file_format: str, note: Note, **options
 
 def checked_pixels(array: np.ndarray, ndim: int) -> np.ndarray:
     """The array itself, if it is uint8 and ends in (H, W, 3)."""
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"a uint8 array is needed, got {type(array).__name__}; numpy.asarray makes one of most things")
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or not array.size:
         shape = "(F, H, W, 3)" if ndim == 4 else "(H, W, 3)"
         raise ValueError(f"uint8 {shape} is needed, got {array.dtype} {array.shape}; video.to_uint8 rounds floats")

@@ -21,7 +21,7 @@ from animatelcm.nets.adapters import Adapter, Clues
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.roles import Role
-from animatelcm.stages import checkpoint, fresh_adapter
+from animatelcm.stages import fresh_adapter, with_checkpointing
 
 GIB = 2**30
 ADAPTER = "adapter."
@@ -129,7 +129,7 @@ def _student(config: TrainConfig, shapes: Shapes, *, motion: bool) -> Role:
         lora.inject(adapter, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
     unet.enable_gradient_checkpointing(config.gradient_checkpointing)
     if adapter is not None:
-        checkpoint(adapter.network, config.gradient_checkpointing)
+        with_checkpointing(adapter.network, config.gradient_checkpointing)
     role = Role(unet, adapter=adapter)
     for name, parameter in _parameters(role):
         parameter.requires_grad_(_trains(config, name))

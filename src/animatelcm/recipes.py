@@ -342,7 +342,7 @@ def video_lcm_sd15_n100() -> TrainConfig:
 
 
 def i2v_sd15() -> TrainConfig:
-    """Image-to-video on Stable Diffusion 1.5, on the grid and the noise of the released i2v weights (N = 200)."""
+    """Image-to-video on Stable Diffusion 1.5: AnimateLCM's encoder, from scratch, on its grid (N = 200)."""
     config = video_lcm_sd15()
     return replace(
         config,
@@ -351,7 +351,7 @@ def i2v_sd15() -> TrainConfig:
         model="runs/out/video_lcm_sd15/model",
         motion=None,
         adapter=AdapterConfig(name="i2v", kind="image"),
-        consistency=ConsistencyConfig(earlier="noise", solver_steps=200, huber_c=0.3),
+        consistency=ConsistencyConfig(earlier="noise", solver_steps=200, k=60, huber_c=0.3),
         learning_rate=1e-5,
     )
 

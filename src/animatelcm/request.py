@@ -56,6 +56,8 @@ class ModelSource:
         named = dict(text.partition("=")[::2] for text in self.adapter)
         if odd := [name for name, place in named.items() if not re.fullmatch(r"\w+", name) or not place]:
             raise ValueError(f"adapter {odd[0]!r} is not NAME=PLACE, such as canny=lllyasviel/control_v11p_sd15_canny")
+        if len(named) < len(self.adapter):
+            raise ValueError("two adapters have one name; give each kind of maps once")
         return named
 
     def words(self) -> list[str]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from animatelcm.colour import aligned
-from animatelcm.condition import Condition, read, steering, to_pixels
+from animatelcm.condition import Condition, Steering, read, steering
 from animatelcm.consistency import consistency_function, renoise
+from animatelcm.data.batches import to_pixels
 from animatelcm.model import VideoModel
 from animatelcm.request import SampleRequest, Video
 from animatelcm.rng import generator
@@ -47,7 +48,8 @@ def sample(
     """
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
-    return [_sample_one(model, single, latents, condition, progress) for single in request.singles()]
+    steer = steering(model, request, condition)
+    return [_sample_one(model, single, latents, condition, steer, progress) for single in request.singles()]
 
 
 def _sample_one(
@@ -55,10 +57,11 @@ def _sample_one(
     request: SampleRequest,
     latents: Tensor | None,
     condition: Condition,
+    steer: Steering,
     progress: Callable[[Preview], None],
 ) -> Video:
     began = time.perf_counter()
-    for preview in sample_steps(model, request, latents=latents, condition=condition):
+    for preview in sample_steps(model, request, latents=latents, condition=condition, steer=steer):
         latents = preview.latents
         progress(preview)
     assert latents is not None
@@ -78,17 +81,26 @@ def _sample_one(
 
 
 def sample_steps(
-    model: VideoModel, request: SampleRequest, *, latents: Tensor | None = None, condition: Condition | None = None
+    model: VideoModel,
+    request: SampleRequest,
+    *,
+    latents: Tensor | None = None,
+    condition: Condition | None = None,
+    steer: Steering | None = None,
 ) -> Iterator[Preview]:
-    """The steps of one video as they happen; the last preview holds the finished latents."""
+    """The steps of one video as they happen; the last preview holds the finished latents.
+
+    ``steer``: ``condition.steering`` of this model and condition, where several videos share it.
+    """
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
     total, walk = _taken(request, condition.video), SAMPLERS[request.sampler or "ddim"]
     x = initial_noise(model, request) if latents is None else latents.float()
     x = x.to(model.device)
     with torch.inference_mode():
-        eps = _guided_eps(model, request, condition, total)
-        start = model.encode(to_pixels(condition.video)) if condition.video is not None else None
+        steer = steering(model, request, condition) if steer is None else steer
+        eps = _guided_eps(model, request, steer, total)
+        start = model.encode(to_pixels([condition.video])) if condition.video is not None else None
         walking = walk(eps, model.schedule, x, request, start)
     for step in range(total):
         with torch.inference_mode():  # not around the yield: the mode must not leak into the caller
@@ -110,13 +122,12 @@ def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
     return torch.randn(shape, generator=generator(request.seed, 0, 0, "latents"))
 
 
-def _guided_eps(model: VideoModel, request: SampleRequest, condition: Condition, total: int) -> Eps:
+def _guided_eps(model: VideoModel, request: SampleRequest, steer: Steering, total: int) -> Eps:
     """The network with its text and what steers it, guided where asked: both halves in one batch, [without text, with
     text]."""
     scale = request.guidance_scale
     assert scale is not None
     motion, steps = request.shape[0] > 1, count()
-    steer = steering(model, request, condition)
 
     def steered(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         step = next(steps)

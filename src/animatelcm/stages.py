@@ -45,19 +45,39 @@ def starting_model(config: TrainConfig) -> VideoModel:
     if config.model == "new":
         model = fresh(config.seed)
     else:
-        model = load(config.model, teacher=_many_steps(config), keep_teacher=_many_steps(config))
+        own = () if config.adapter is None or _begins_fresh(config) else (config.adapter.name,)
+        taught = _many_steps(config)
+        model = load(config.model, teacher=taught, keep_teacher=taught, adapters=own)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.adapter is not None:
-            return _with_adapter(config, model)
+            return _with_adapter(config, _as_asked(config, model))
         model = _with_temporal_layers(config, model)
         if config.lora is not None:
             lora.inject(model.unet, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
-    if config.beta_schedule is not None:
-        model = replace(model, schedule=replace(model.schedule, beta_schedule=config.beta_schedule))
+    model = _with_noise(config, model)
     if config.objective == "consistency":
         model = _to_distil(config, model)
     return _frozen_but(config, model)
+
+
+def _with_noise(config: TrainConfig, model: VideoModel) -> VideoModel:
+    if config.beta_schedule is None:
+        return model
+    return replace(model, schedule=replace(model.schedule, beta_schedule=config.beta_schedule))
+
+
+def _as_asked(config: TrainConfig, model: VideoModel) -> VideoModel:
+    """A model that an adapter will stand beside, with the temporal layers and the noise that the config names."""
+    if config.motion is not None:
+        model = with_temporal_layers(model, find(config.motion, MOTION_FILES))
+    if model.unet.motion is None and config.data.kind != "emoji-images" and config.data.num_frames > 1:
+        raise ValueError(f"{config.model} has no temporal layers for clips; name some with --motion, or take images")
+    return _with_noise(config, model)
+
+
+def _begins_fresh(config: TrainConfig) -> bool:
+    return config.adapter is not None and config.lora is None and config.adapter.start == "fresh"
 
 
 def _many_steps(config: TrainConfig) -> bool:
@@ -68,7 +88,7 @@ def _frozen_but(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The model with gradients for what the config trains, and for nothing else."""
     model.unet.enable_gradient_checkpointing(config.gradient_checkpointing)
     for network in model.adapters.values():
-        checkpoint(network, config.gradient_checkpointing)
+        with_checkpointing(network, config.gradient_checkpointing)
     for network in model.networks.values():
         network.eval().requires_grad_(False)
     for _, parameter in named_trainable(model, config):
@@ -76,7 +96,7 @@ def _frozen_but(config: TrainConfig, model: VideoModel) -> VideoModel:
     return model
 
 
-def checkpoint(network: nn.Module, wanted: bool) -> None:
+def with_checkpointing(network: nn.Module, wanted: bool) -> None:
     """Gradient checkpointing in an adapter that is as large as to have it: a ControlNet."""
     if wanted and getattr(network, "_supports_gradient_checkpointing", False):
         network.enable_gradient_checkpointing()
@@ -86,19 +106,19 @@ def _with_adapter(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The model with the adapter that will train: a fresh one, or with ``config.lora`` LoRA layers on its own."""
     assert config.adapter is not None
     name = config.adapter.name
-    if config.lora is not None or config.adapter.start == "model":
+    if not _begins_fresh(config):
         if name not in model.adapters:
-            known = ", ".join(model.adapters) or "none"
-            raise ValueError(f"{config.model} has no adapter {name!r} to go on from (it has {known}); train one first")
+            raise ValueError(f"{config.model} has no adapter {name!r} to go on from; train one first, or name another")
         network = model.adapters[name]
-    if config.lora is not None:
-        lora.inject(network, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
-    elif config.adapter.start == "fresh":
+        if config.lora is not None:
+            lora.inject(network, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
+    else:
         latents = model.vae.config.latent_channels
         network = fresh_adapter(config.adapter, model.unet.config, latent_channels=latents, downscale=model.downscale)
         if config.adapter.kind == "controlnet":
             begin_as_copy(cast("ControlNetModel", network), model.unet.state_dict())
     model.adapters = {name: network}
+    model.kept.clear()  # the run needs no base: what it leaves begins from the files again
     if config.objective == "consistency" and config.consistency.earlier == "teacher":
         model = _few_steps_over_teacher(config, model)
     schedule = replace(model.schedule, solver_steps=config.consistency.solver_steps)
@@ -267,7 +287,7 @@ def result(config: TrainConfig, model: VideoModel) -> VideoModel:
 def _with_result(config: TrainConfig, network: nn.Module) -> VideoModel:
     """The model that a run began with, with the adapter in it; LoRA layers are merged into the adapter."""
     assert config.adapter is not None
-    name, first = config.adapter.name, load(config.model)
+    name, first = config.adapter.name, _as_asked(config, load(config.model))
     if config.lora is not None:
         learned = lora.eject(network, name)
         path = config.folder / f"{config.name}.safetensors"

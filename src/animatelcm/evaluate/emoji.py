@@ -10,7 +10,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,13 +22,14 @@ import torch
 import animatelcm
 from animatelcm import video
 from animatelcm.adapters import IMAGE
+from animatelcm.condition import lacking
 from animatelcm.data.batches import to_pixels
 from animatelcm.data.emoji import Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
 from animatelcm.evaluate import steered
 from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, silent
 from animatelcm.evaluate.prompts import SHEET, prompts
-from animatelcm.evaluate.report import Kind, Row, facts_hash, read_row, row_path, write_row
+from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
 from animatelcm.model import CORE, Facts, VideoModel
 from animatelcm.request import Sampler, SampleRequest, Spacing
 from animatelcm.sampling import sample
@@ -93,7 +94,8 @@ Maker = Callable[[Shot, int], Take]
 def _sampled(model: VideoModel, setting: Setting, protocol: Protocol, shot: Shot, seed: int) -> Take:
     num_frames = 1 if len(shot.poses) == 1 else None
     given = steered.condition(shot, protocol.pack, protocol.steer)
-    (made,) = sample(model, setting.request(shot.caption, seed=seed, num_frames=num_frames), condition=given)
+    request = replace(setting.request(shot.caption, seed=seed, num_frames=num_frames), colour_match=0.0)
+    (made,) = sample(model, request, condition=given)
     first = None if given.image is None else _through(model, given.image[None])[0]
     return Take(made.frames, sum(made.seconds.values()), made.evaluations, first)
 
@@ -132,14 +134,14 @@ def evaluate(
 
     Raises ValueError where the model makes no such clips, or a row of another model or protocol is in the way.
     """
-    _check_model(model, kinds)
+    _check_model(model, kinds, protocol.steer)
     makers: dict[str, Maker] = {str(setting): partial(_sampled, model, setting, protocol) for setting in settings}
     if ceilings:
         makers["real"] = partial(_real, protocol.pack)
         makers["autoencoded"] = partial(_autoencoded, model, protocol.pack)
     about = {
         "model": label,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint(model, protocol.steer),
         "protocol": facts_hash(protocol.facts),
         "hardware": hardware(model),
     }
@@ -153,7 +155,11 @@ def evaluate(
     return rows
 
 
-def _check_model(model: VideoModel, kinds: Sequence[Kind]) -> None:
+def _check_model(model: VideoModel, kinds: Sequence[Kind], steer: Steer) -> None:
+    if steer and steer not in model.adapters:
+        raise lacking(steer, model.adapters)
+    if steer and "images" in kinds:
+        raise ValueError(f"steer={steer!r} is judged on clips; leave the kind images out")
     if set(kinds) == {"images"}:
         return
     if model.unet.motion is None:
@@ -204,10 +210,10 @@ def contact_sheet(model: VideoModel, setting: Setting, progress: Progress = sile
     return video.contact_sheet(rows, SHEET, columns=8)
 
 
-def fingerprint(model: VideoModel) -> str:
-    """A hash of all that a model brings to its clips: weights, noise schedule, size and length."""
+def fingerprint(model: VideoModel, steer: Steer = "") -> str:
+    """A hash of all that a model brings to its clips: weights, of what steers too, noise schedule, size and length."""
     size = [model.facts.width, model.facts.height, model.facts.num_frames]
-    weights = {part: model.fingerprint(part) for part in CORE}
+    weights = {part: model.fingerprint(part) for part in (*CORE, *([f"adapter_{steer}"] if steer else []))}
     return facts_hash({"weights": weights, "schedule": model.schedule.to_diffusers(), "size": size})
 
 

@@ -5,6 +5,7 @@ The picture of a clip is its real clip's first frame, its layout that of all its
 * image: identity, cosine of EfficientNet-lite0 features of the judged frames and of the picture; first-frame PSNR,
   against the picture through the model's own autoencoder, which bounds what can be had; colour error (Delta E).
 * edge, canny, tile: control error is 1 - F1 of the edges; pose, depth: distance of the thing's centre, in pixels.
+  Clips of a subject's own animation are left out for pose, whose keypoints stand still in them.
 * Flicker: the variance of that error from frame to frame, and the warped difference, over that of the real clips.
 """
 
@@ -58,7 +59,9 @@ def following(
     for shot, clip, truth in zip(shots, clips, real, strict=True):
         if steer in RENDERED:
             sprites = staged(shot, pack).sprites
-            away = keypoint_distance(clip, shot.poses, sprites if sprites.ndim == 3 else sprites[0])
+            if steer == "pose" and sprites.ndim == 4:
+                continue  # its own animation moves what the keypoints do not say
+            away = keypoint_distance(clip, shot.poses, sprites)
         else:
             away = 1 - edge_f1(clip, truth)
         moved = displacements(shot.poses, CELL, CELL)

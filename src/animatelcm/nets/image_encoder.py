@@ -105,7 +105,7 @@ class ImageEncoder(nn.Module):
             image = F.pixel_unshuffle(image, self.config.downscale)
         weight = self.conv_in.weight
         x = self._spread(image.to(weight.dtype), frames)
-        positions = sinusoid(frames, weight.shape[0]).to(weight)
+        positions = sinusoid(frames, weight.shape[0], weight.device).to(weight)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         x = x + motion_scale * positions.repeat(len(image), 1)[:, :, None, None]
         features = []
@@ -141,7 +141,7 @@ class ImageTokens(nn.Module):
         """Latent (B, C, h, w) -> tokens (B, h * w, D), each with the sinusoid of its place."""
         cells = image.flatten(2).transpose(1, 2).to(self.proj.weight.dtype)
         tokens = self.out(F.gelu(self.proj(self.norm(cells))))
-        return tokens + sinusoid(tokens.shape[1], tokens.shape[2]).to(tokens)
+        return tokens + sinusoid(*tokens.shape[1:], tokens.device).to(tokens)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

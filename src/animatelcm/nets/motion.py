@@ -109,10 +109,10 @@ def _single(config: Mapping[str, Any], key: str, default: int | None) -> Any:  #
     return flat[0]
 
 
-def sinusoid(rows: int, channels: int) -> Tensor:
+def sinusoid(rows: int, channels: int, device: torch.device | None = None) -> Tensor:
     """Positions (rows, channels): waves of 2 pi to 20000 pi rows, sines on even, cosines on odd channels."""
-    rates = torch.exp(torch.arange(0, channels, 2) * (-math.log(10_000.0) / channels))
-    angles = torch.arange(rows)[:, None] * rates
+    rates = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10_000.0) / channels))
+    angles = torch.arange(rows, device=device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
