@@ -10,7 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from animatelcm import recipes
+from animatelcm import recipes, stages
+from animatelcm.bundle import save
 from animatelcm.config import ConsistencyConfig, LoraConfig
 from animatelcm.nets import lora
 from animatelcm.planning import GIB
@@ -103,6 +104,40 @@ def test_memory_of_weights_by_hand():
     both = plan(coupled)
     assert both.trainable == motion + stage_1.trainable
     assert both.weights_gib * GIB == pytest.approx(4 * (both.parameters + 5 * both.trainable + motion))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "temporal"),
+    [(recipes.i2v_emoji, recipes.video_lcm_emoji), (recipes.i2v_sd15, recipes.video_lcm_sd15)],
+    ids=["emoji", "sd15"],
+)
+def test_an_adapter_without_a_teacher_costs_less_than_temporal_layers_with_one(adapter, temporal):
+    taught = replace(temporal(), gradient_checkpointing=False)
+    free = replace(adapter(), gradient_checkpointing=False, batch_size=taught.batch_size, data=taught.data)
+    ours, theirs = plan(free), plan(taught)
+    assert ours.trainable < theirs.trainable
+    assert ours.weights_gib < theirs.weights_gib
+    assert ours.weights_gib * GIB == pytest.approx(4 * (ours.parameters + 5 * ours.trainable))  # nothing of a teacher's
+    assert ours.flops < theirs.flops
+
+
+def test_adapters_train_what_a_run_trains(fresh_model, tmp_path):
+    """Counted in the models that both runs begin with: a fresh T2I-Adapter, LoRA layers on a ControlNet."""
+    widths, channels = fresh_model.unet.config, fresh_model.vae.config.latent_channels
+    shape = recipes.controlnet_emoji().adapter
+    pose = stages.fresh_adapter(shape, widths, latent_channels=channels, downscale=fresh_model.downscale)
+    save(replace(fresh_model, adapters={"pose": pose}), tmp_path / "model")
+    for recipe in (recipes.t2i_adapter_emoji, recipes.controlnet_lora_emoji):
+        config = replace(recipe(), model=str(tmp_path / "model"))
+        model = stages.starting_model(config)
+        trained = dict(stages.named_trainable(model, config))
+        assert trained
+        assert all(parameter.requires_grad for parameter in trained.values())
+        assert plan(recipe()).trainable == sum(parameter.numel() for parameter in trained.values())
+    every = sum(parameter.numel() for parameter in pose.parameters())
+    assert plan(recipes.controlnet_emoji()).trainable == every
+    pairs = lora.factors(model.adapters["pose"]).values()
+    assert plan(recipes.controlnet_lora_emoji()).trainable == sum(a.numel() + b.numel() for a, b, _ in pairs) < every
 
 
 def test_an_autoencoder_has_no_plan():
