@@ -197,14 +197,17 @@ def i2v_images_emoji() -> TrainConfig:
         data=DataConfig(kind="emoji-images", length=12_000),
         adapter=AdapterConfig(name="i2v", kind="image"),
         consistency=replace(config.consistency, k=1000),
-        steps=600,
+        steps=900,
         batch_size=32,
         learning_rate=1e-3,
     )
 
 
 def i2v_emoji() -> TrainConfig:
-    """Image-to-video on the miniature: AnimateLCM's encoder of a picture, taught to move without a teacher."""
+    """Image-to-video on the miniature: AnimateLCM's encoder of a picture, taught to move without a teacher.
+
+    Few long steps back keep it to what the clips show; many short ones to what the network would draw by itself.
+    """
     return TrainConfig(
         name="i2v_emoji",
         objective="consistency",
@@ -212,12 +215,11 @@ def i2v_emoji() -> TrainConfig:
         model="runs/out/i2v_images_emoji/model",
         data=DataConfig(kind="emoji-clips", length=6_000),
         adapter=AdapterConfig(name="i2v", kind="image", start="model"),
-        consistency=ConsistencyConfig(earlier="noise", k=100, huber_c=0.3),
-        steps=600,
+        consistency=ConsistencyConfig(earlier="noise", k=300, huber_c=0.3),
+        steps=400,
         batch_size=4,
-        learning_rate=7e-4,
+        learning_rate=5e-4,
         lr_schedule="onecycle",
-        timestep_shift=2.0,
         weight_decay=0.0,
         ema_decay=0.99,
         text_dropout=0.0,
@@ -262,7 +264,6 @@ def t2i_adapter_lora_emoji() -> TrainConfig:
         adapter=t2i_adapter_emoji().adapter,
         lora=LoraConfig(name="edge", rank=16, alpha=16.0, targets=T2I_TARGETS),
         steps=400,
-        learning_rate=1e-3,
     )
 
 
