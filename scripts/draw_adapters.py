@@ -1,6 +1,6 @@
 """Draw what adapters do, before and after their adaptation (AnimateLCM, figure 6).
 
-    python scripts/draw_adapters.py --out docs --before runs/out/t2i_adapter_emoji/model
+    python scripts/draw_adapters.py --out docs --adapted runs/out/t2i_adapter_lora_emoji/model
 
 * ``i2v.png``: a picture from data that no recipe trains on, and eight frames of the clip made of it, a row each.
 * ``control.png``: for each clip its edges, the clip that the adapter as it was makes of them, and the adapted one's.
@@ -33,8 +33,8 @@ class Options:
 
     out: Path
     model: str = "emoji"
-    before: str = ""
-    """The model with the adapter as it was; "" leaves control.png out."""
+    adapted: str = ""
+    """The same model with the adapter after its adaptation; "" leaves control.png out."""
     kind: Steer = "edge"
     clips: tuple[int, ...] = (1, 3, 6, 8, 12, 17)
     """Of the evaluation's prompts, in their order."""
@@ -74,8 +74,8 @@ def main(options: Options) -> None:
     model = load(options.model)
     if "i2v" in model.adapters:
         video.write_image(i2v_figure(model, options), options.out / "i2v.png", overwrite=True)
-    if options.before:
-        sheet = control_figure(load(options.before), model, options)
+    if options.adapted:
+        sheet = control_figure(model, load(options.adapted), options)
         video.write_image(sheet, options.out / "control.png", overwrite=True)
 
 
