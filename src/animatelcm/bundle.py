@@ -257,8 +257,6 @@ def _from_file(path: Path, dtype: torch.dtype) -> VideoModel:
 
 def _as_teacher(model: VideoModel) -> VideoModel:
     """The many-step model of a bundle, in place of the distilled one; its own teacher is itself."""
-    if model.facts.teacher and model.unet.motion is not None and not model.teacher_motion:
-        raise ValueError(f"{model.facts.name}: this bundle holds no teacher (motion_adapter_teacher); leave it out")
     model.unet.load_state_dict(model.teacher_motion, strict=False)
     return replace(model, facts=model.facts.of_teacher(), teacher_motion={})
 
