@@ -45,7 +45,7 @@ def starting_model(config: TrainConfig) -> VideoModel:
     if config.model == "new":
         model = fresh(config.seed)
     else:
-        own = () if config.adapter is None or _begins_fresh(config) else (config.adapter.name,)
+        own = None if config.adapter is None else () if _begins_fresh(config) else (config.adapter.name,)
         taught = _many_steps(config)
         model = load(config.model, teacher=taught, keep_teacher=taught, adapters=own)
     with torch.random.fork_rng(devices=[]):
@@ -265,7 +265,7 @@ def result(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The model that a finished stage leaves. A LoRA that was learned is written as a file of its own too.
 
     A style or an adapter is added to the model that the run began with, whatever that holds; whoever learns anew what
-    an acceleration was made for leaves the acceleration behind, and the styles if it is the image model.
+    an acceleration was made for leaves the acceleration behind, and styles and adapters if it is the image model.
     """
     if config.adapter is not None:
         return _with_result(config, model.adapters[config.adapter.name])
@@ -280,8 +280,8 @@ def result(config: TrainConfig, model: VideoModel) -> VideoModel:
         return replace(first, styles={**first.styles, name: learned})
     if config.objective == "consistency":
         return model
-    styles = model.styles if config.trainable == "motion" else {}
-    return replace(model, image_lora={}, styles=styles)
+    kept = {"styles": model.styles, "adapters": model.adapters} if config.trainable == "motion" else {}
+    return replace(model, **{"image_lora": {}, "styles": {}, "adapters": {}, **kept})
 
 
 def _with_result(config: TrainConfig, network: nn.Module) -> VideoModel:
