@@ -399,7 +399,7 @@ def test_of_a_long_control_only_its_beginning_is_decoded_and_the_log_says_so(ste
         ("--control edge=clip.mp4:1@0.9-0.1", "within 0-1"),
         ("--control depth=map:clip.mp4", "an adapter that reads depth maps is needed, and this model's adapters are:"),
         ("--control sketch=clip.mp4", "reads sketch maps"),
-        ("--control i2v=clip.mp4", "there is no control 'i2v'"),
+        ("--control i2v=clip.mp4", "i2v sees a picture, and follows no layout"),
         ("--control pose=clip.mp4", "a pose control needs ready maps: give a clip of them, as pose=map:FILE"),
         ("--video nowhere.mp4", "nowhere.mp4"),
         ("--video text.png", "text.png"),

@@ -105,6 +105,8 @@ class ControlSource(NamedTuple):
                 f"control {text!r} is not KIND=FILE, KIND=FILE:SCALE or KIND=FILE:SCALE@START-END, such as "
                 "edge=clip.mp4:0.8@0-0.5; for maps that are ready write KIND=map:FILE"
             )
+        if name == "i2v":
+            raise ValueError(f"control {text!r}: i2v sees a picture, and follows no layout; give it as --image FILE")
         scale, start, end = float(found[2] or 1), float(found[3] or 0), float(found[4] or 1)
         if not 0 <= start < end <= 1 or scale > 10:
             raise ValueError(f"control {text!r}: give a scale of 0..10 and a part of the steps within 0-1")
