@@ -134,7 +134,7 @@ def test_attention_calls_stay_below_65536_rows(monkeypatch) -> None:
         rows.append(q.shape[0] * q.shape[1])
         return q
 
-    monkeypatch.setattr(motion.F, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(motion.fused, "temporal_attention", recorded)
     TemporalAttention(2, 2)(noise(3, 1, 20_000, 2))
     assert sum(rows) == 3 * 20_000 * 2
     assert max(rows) < 65_536

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from animatelcm.nets.layers import Attention, FeedForward, GroupNorm
+from animatelcm.nets import fused
+from animatelcm.nets.layers import Attention, FeedForward, GroupNorm, Linear, Memory, PointwiseConv
 from animatelcm.nets.motion import MotionConfig, MotionModule
 
 if TYPE_CHECKING:
@@ -22,19 +23,25 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, channels, eps=eps)
+        self.norm1 = GroupNorm(groups, channels, eps, silu=True)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(emb_channels, out_channels)
-        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
+        self.time_emb_proj = Linear(emb_channels, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps, silu=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = channels == out_channels
-        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.conv_shortcut = nn.Identity() if same else PointwiseConv(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Frames (N, C, h, w), time embedding after its activation (N, E) -> (N, C', h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(emb)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, emb: Tensor | Memory) -> Tensor:
+        """Frames (N, C, h, w), time embedding after its activation (B, E) or what is remembered of it -> (N, C', h, w);
+        N is a multiple of B."""
+        shift = emb[self] if isinstance(emb, dict) else self.remember(emb)
+        h = self.conv1(self.norm1(x))
+        h = h + (shift if len(shift) in (1, len(h)) else shift.repeat_interleave(len(h) // len(shift), 0))
+        return self.conv_shortcut(x) + self.conv2(self.norm2(h))
+
+    def remember(self, emb: Tensor) -> Tensor:
+        """Time embedding (B, E) -> what it adds to every pixel, (B, C', 1, 1)."""
+        return self.time_emb_proj(emb)[:, :, None, None]
 
 
 class TransformerBlock(nn.Module):
@@ -49,7 +56,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | Memory) -> Tensor:
         """Tokens (N, P, C), text (B, L, D) -> (N, P, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
@@ -64,13 +71,13 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
-        self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.proj_in = Linear(channels, channels) if linear else PointwiseConv(channels, channels, 1)
         blocks = (TransformerBlock(channels, heads, text_channels) for _ in range(layers))
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else PointwiseConv(channels, channels, 1)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | Memory) -> Tensor:
         """Frames (N, C, h, w), text (B, L, D) -> (N, C, h, w)."""
         h, size = self.norm(x), x.shape[2:]
         tokens = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
@@ -109,6 +116,8 @@ class Upsampler(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        if type(self.conv) is nn.Conv2d and tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
+            return fused.doubled(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
 
 
@@ -154,8 +163,8 @@ class Stage(nn.Module):
         self,
         i: int,
         x: Tensor,
-        emb: Tensor,
-        text: Tensor,
+        emb: Tensor | Memory,
+        text: Tensor | Memory,
         frames: int | None,
         skip: Tensor | None = None,
         feature: Tensor | None = None,
@@ -170,8 +179,8 @@ class Stage(nn.Module):
         self,
         i: int,
         x: Tensor,
-        emb: Tensor,
-        text: Tensor,
+        emb: Tensor | Memory,
+        text: Tensor | Memory,
         frames: int | None,
         skip: Tensor | None,
         feature: Tensor | None,
@@ -200,7 +209,9 @@ class DownStage(Stage):
             self.downsamplers = None
         self.feature_layer = min(1, len(inputs) - 1)
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor, frames: int | None, feature: Tensor | None) -> list[Tensor]:
+    def forward(
+        self, x: Tensor, emb: Tensor | Memory, text: Tensor | Memory, frames: int | None, feature: Tensor | None
+    ) -> list[Tensor]:
         """-> skip connections, the last of which is the input of the next stage."""
         skips = []
         for i in range(len(self.resnets)):
@@ -221,7 +232,7 @@ class MidStage(Stage):
         inputs = [config.block_out_channels[level]] * 2
         super().__init__(config, motion, level, inputs, attentions=1, motion_modules=1)
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor, frames: int | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Memory, text: Tensor | Memory, frames: int | None) -> Tensor:
         for i in range(len(self.resnets)):
             x = self.run(i, x, emb, text, frames)
         return x
@@ -240,7 +251,9 @@ class UpStage(Stage):
         super().__init__(config, motion, level, inputs, attentions=attentions, motion_modules=len(inputs))
         self.upsamplers = nn.ModuleList([Upsampler(here)]) if level > 0 else None
 
-    def forward(self, x: Tensor, emb: Tensor, text: Tensor, frames: int | None, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor | Memory, text: Tensor | Memory, frames: int | None, skips: list[Tensor]
+    ) -> Tensor:
         """Takes its skip connections off the end of ``skips``; grows to the size of the next one."""
         for i in range(len(self.resnets)):
             x = self.run(i, x, emb, text, frames, skips.pop())

@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from animatelcm.nets import fused
+
 if TYPE_CHECKING:
     from animatelcm.nets.unet import UNetConfig
 
 
+class Linear(nn.Linear):
+    """Linear map over the last dimension."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., C), and what to add to the result (..., C') -> (..., C')."""
+        return fused.linear(x, self.weight, self.bias, residual)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution; ``nn.Conv2d``'s arguments, with a kernel of 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.pointwise(x, self.weight, self.bias)
+
+
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of channels-last images to channels-last images, on every device."""
+    """GroupNorm of channels-last images to channels-last images, on every device; with SiLU behind it where asked."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, silu: bool = False) -> None:
+        super().__init__(groups, channels, eps=eps)
+        self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
         # The first trained layer behind frozen ones: where weights need a gradient and the input does not,
         # the backward pass of torch's channels-last CPU kernel crashes (2.13 does); its other kernel works.
         if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
             x = x.contiguous()
-        return super().forward(x).contiguous(memory_format=torch.channels_last)
+        return fused.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu)
+
+
+class KeysValues(NamedTuple):
+    """What a context is to one attention layer: keys and values, each (B, heads, L, C / heads)."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Attention(nn.Module):
@@ -32,21 +60,66 @@ class Attention(nn.Module):
         if channels % heads:
             raise ValueError(f"{channels} channels do not split into {heads} attention heads; choose a divisor")
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_channels or channels, channels, bias=False)
+        self.to_v = Linear(context_channels or channels, channels, bias=False)
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Tokens x (N, P, C), context (B, L, D) -> (N, P, C); N is a multiple of B.
+    def forward(self, x: Tensor, context: Tensor | Memory | None = None) -> Tensor:
+        """Tokens x (N, P, C), context (B, L, D) or what is remembered of it -> (N, P, C); N is a multiple of B.
 
         The N / B frames of a video become one long query, so that a text's keys and values are computed once.
         """
-        context = x if context is None else context
-        projected = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (y.reshape(context.shape[0], -1, self.heads, y.shape[-1] // self.heads) for y in projected)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.to_out(y.transpose(1, 2).reshape(x.shape))
+        if context is None:
+            q, k, v = (self._split(part, x.shape[0]) for part in self.project(x))
+        else:
+            k, v = context[self] if isinstance(context, dict) else self.remember(context)
+            q = self._split(self.to_q(x), k.shape[0])
+        return self.to_out(fused.attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens x (..., C) -> queries, keys and values of the tokens themselves, each (..., C)."""
+        weight = self._joined()
+        if weight is None:
+            return self.to_q(x), self.to_k(x), self.to_v(x)
+        return fused.linear(x, weight, None).chunk(3, dim=-1)
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Lay the weights of queries, keys and values beside each other in memory, for one product instead of three.
+
+        They stay parameters of their own; what moves one of them away ends it, and nothing else.
+        """
+        layers = (self.to_q, self.to_k, self.to_v)
+        if self.to_k.weight.shape == self.to_q.weight.shape:
+            whole = torch.cat([layer.weight for layer in layers])
+            for layer, part in zip(layers, whole.chunk(3), strict=True):
+                layer.weight.data = part
+
+    def _joined(self) -> Tensor | None:
+        """The three weights as one (3 C, C), a view, where they lie beside each other."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        if torch.compiler.is_compiling() or any(type(layer) is not Linear for layer in layers):
+            return None
+        q, k, v = (layer.weight for layer in layers)
+        start, size = q.storage_offset(), q.numel()
+        if (k.storage_offset(), v.storage_offset()) != (start + size, start + 2 * size):
+            return None
+        if not q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr():
+            return None
+        return q.as_strided((3 * q.shape[0], q.shape[1]), (q.shape[1], 1))
+
+    def remember(self, context: Tensor) -> KeysValues:
+        """Context (B, L, D) -> its keys and values."""
+        return KeysValues(*(self._split(project(context), context.shape[0]) for project in (self.to_k, self.to_v)))
+
+    def _split(self, tokens: Tensor, batch: int) -> Tensor:
+        """(N, P, C) -> (B, heads, N P / B, C / heads), a view."""
+        return tokens.reshape(batch, -1, self.heads, tokens.shape[-1] // self.heads).transpose(1, 2)
+
+
+Memory = dict[nn.Module, "KeysValues | Tensor"]
+"""What a layer made of the text or the timestep before, by the layer."""
 
 
 class GatedGelu(nn.Module):
@@ -54,11 +127,12 @@ class GatedGelu(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * width)
+        self.proj = Linear(channels, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        if type(self.proj) is Linear:
+            return fused.geglu(x, self.proj.weight, self.proj.bias)
+        return fused.gated(self.proj(x))  # LoRA layers stand there in training
 
 
 class FeedForward(nn.Module):
@@ -68,7 +142,7 @@ class FeedForward(nn.Module):
         super().__init__()
         width = 4 * channels
         # The identity keeps diffusers' numbering: net.0.proj and net.2, with a dropout between them.
-        self.net = nn.Sequential(GatedGelu(channels, width), nn.Identity(), nn.Linear(width, channels))
+        self.net = nn.Sequential(GatedGelu(channels, width), nn.Identity(), Linear(width, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -81,12 +155,12 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         channels = config.block_out_channels[0]
         self.cosine_first, self.shift = config.flip_sin_to_cos, config.freq_shift
-        self.linear_1 = nn.Linear(channels, config.emb_channels)
+        self.linear_1 = Linear(channels, config.emb_channels)
         self.cond_proj = None
         if config.time_cond_proj_dim is not None:
-            self.cond_proj = nn.Linear(config.time_cond_proj_dim, channels, bias=False)
+            self.cond_proj = Linear(config.time_cond_proj_dim, channels, bias=False)
             nn.init.zeros_(self.cond_proj.weight)
-        self.linear_2 = nn.Linear(config.emb_channels, config.emb_channels)
+        self.linear_2 = Linear(config.emb_channels, config.emb_channels)
 
     def forward(self, t: Tensor, condition: Tensor | None) -> Tensor:
         """Timesteps (B,), condition (B, K) -> (B, E)."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animatelcm.nets.layers import Attention, FeedForward, GroupNorm
+from animatelcm.nets import fused
+from animatelcm.nets.layers import Attention, FeedForward, GroupNorm, Linear
 
 if TYPE_CHECKING:
     from animatelcm.nets.unet import UNetConfig
@@ -134,9 +134,9 @@ class TemporalAttention(Attention):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     rows = max(1, MAX_ROWS // q.shape[0])
     if q.shape[1] <= rows:
-        return F.scaled_dot_product_attention(q, k, v)
+        return fused.temporal_attention(q, k, v)
     chunks = zip(q.split(rows, dim=1), k.split(rows, dim=1), v.split(rows, dim=1), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*chunk) for chunk in chunks], dim=1)
+    return torch.cat([fused.temporal_attention(*chunk) for chunk in chunks], dim=1)
 
 
 class TemporalBlock(nn.Module):
@@ -165,10 +165,10 @@ class MotionModule(nn.Module):
         super().__init__()
         self.joint = config.norm == "joint"
         self.norm = GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         heads = config.num_attention_heads
         self.transformer_blocks = nn.ModuleList(TemporalBlock(channels, heads) for _ in range(config.layers))
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
         self.register_buffer("positions", sinusoid(config.max_frames, channels), persistent=False)
@@ -176,7 +176,7 @@ class MotionModule(nn.Module):
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """Frames (B * F, C, h, w) in channels-last order -> the same shape and order; F = ``frames``."""
         tokens = self.proj_in(self._normalised(x, frames))
-        positions = self.positions[:frames, None]
+        positions = self.positions[:frames, None].to(tokens.dtype)
         for block in self.transformer_blocks:
             tokens = block(tokens, positions)
         return x + self.proj_out(tokens).view(-1, *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animatelcm.nets.blocks import DownStage, MidStage, Stage, UpStage
-from animatelcm.nets.layers import GroupNorm, TimeEmbedding
+from animatelcm.nets.blocks import DownStage, MidStage, ResnetBlock, Stage, TransformerBlock, UpStage
+from animatelcm.nets.layers import GroupNorm, Memory, TimeEmbedding
 from animatelcm.nets.motion import MotionConfig
 
 FIXED: dict[str, Any] = {
@@ -144,6 +144,13 @@ def _hashable(value: Any) -> Any:  # noqa: ANN401 - a JSON value
     return tuple(value) if isinstance(value, list) else value
 
 
+class Remembered(NamedTuple):
+    """What a network makes of a timestep and of a text, whatever the video (``VideoUNet.remember``)."""
+
+    emb: Memory
+    text: Memory
+
+
 class VideoUNet(nn.Module):
     """Noise prediction for videos, and for images as videos of one frame.
 
@@ -162,7 +169,7 @@ class VideoUNet(nn.Module):
         self.down_blocks = nn.ModuleList(DownStage(config, motion, level) for level in levels)
         self.mid_block = MidStage(config, motion)
         self.up_blocks = nn.ModuleList(UpStage(config, motion, level) for level in reversed(levels))
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps, silu=True)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
@@ -177,6 +184,7 @@ class VideoUNet(nn.Module):
         mid_residual: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         motion: bool = True,
+        remembered: Remembered | None = None,
     ) -> Tensor:
         """Noisy latents (B, C, F, h, w), timesteps (B,) or 0-dim -> prediction (B, C', F, h, w), dtype of x.
 
@@ -189,14 +197,16 @@ class VideoUNet(nn.Module):
         mid_residual: (B, C, F, h, w), as ControlNet's.
         timestep_cond: (B, time_cond_proj_dim), added to the timestep's sinusoid.
         motion: False leaves the motion modules out: every frame is an image by itself.
+        remembered: what ``remember`` made of this timestep and this text, in place of computing it again.
 
         Raises ValueError for wrong counts, and for more frames than the motion modules have positions.
         """
         B, _, frames, _, _ = x.shape
         self._check(B, frames, text, features, skip_residuals)
-        emb = F.silu(self.time_embedding(t.expand(B), timestep_cond))
-        emb = emb[:, None].expand(-1, frames, -1).flatten(0, 1)
-        text = text.to(self.dtype)
+        if remembered is None:
+            emb, text = self._emb(t.expand(B), timestep_cond), text.to(self.dtype)
+        else:
+            emb, text = remembered
         time = frames if motion and self.motion is not None else None
         if time is not None and frames > self.motion.max_frames:
             raise ValueError(f"frames={frames}: this network's motion modules take 1..{self.motion.max_frames}")
@@ -213,8 +223,21 @@ class VideoUNet(nn.Module):
             h = h + _flat(mid_residual).to(h.dtype)
         for block in self.up_blocks:
             h = block(h, emb, text, time, skips)
-        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        h = self.conv_out(self.conv_norm_out(h))
         return h.unflatten(0, (B, frames)).transpose(1, 2).to(x.dtype)
+
+    def remember(self, t: Tensor, text: Tensor, timestep_cond: Tensor | None = None) -> list[Remembered]:
+        """What all layers make of each of the timesteps t (S,) and of a text (B, L, D), for ``forward``: one for each
+        timestep, the text's shared. timestep_cond: (1, time_cond_proj_dim). Of no use once weights change.
+        """
+        emb, text = self._emb(t, timestep_cond), text.to(self.dtype)
+        texts = {m.attn2: m.attn2.remember(text) for m in self.modules() if isinstance(m, TransformerBlock)}
+        shifts = {m: m.remember(emb) for m in self.modules() if isinstance(m, ResnetBlock)}
+        return [Remembered({m: s[i : i + 1] for m, s in shifts.items()}, texts) for i in range(len(t))]
+
+    def _emb(self, t: Tensor, timestep_cond: Tensor | None) -> Tensor:
+        """Timesteps (B,) -> (B, E), after its activation."""
+        return F.silu(self.time_embedding(t, timestep_cond))
 
     def _check(
         self,
@@ -241,6 +264,13 @@ class VideoUNet(nn.Module):
         for stage in self.modules():
             if isinstance(stage, Stage):
                 stage.checkpointing = enabled
+
+    def join_projections(self) -> None:
+        """Lay the weights for queries, keys and values of attention over space beside each other: one product, not
+        three. Attention over time takes pixels and heads for one dimension, and would have to copy its parts."""
+        for module in self.modules():
+            if isinstance(module, TransformerBlock):
+                module.attn1.join()
 
     def positions(self) -> dict[str, Tensor]:
         """The motion modules' positions as diffusers' MotionAdapter names them, each (1, max_frames, C)."""

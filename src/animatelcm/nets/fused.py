@@ -1,0 +1,115 @@
+"""Single operations as fast as the device has them where no gradients are wanted; the plain ones are the truth.
+
+On a GPU they are the kernels of ``nets.kernels``, on a CPU oneDNN's operations, which add a bias and multiply by a gate
+while a product is still in the cache. Everything else, and every training step, takes torch's own path.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from animatelcm.nets import kernels
+
+CPU_TYPES = (torch.float32, torch.bfloat16)
+"""What oneDNN's operations are fast with."""
+SMALL_SCORES = 2**20
+"""Attention weights in one call up to which a CPU is faster with them spelled out (4 MiB, what its caches hold)."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x (..., C) by weight (C', C) and bias (C'), plus a residual (..., C') -> (..., C').
+
+    torch would first write the bias out in full on a CPU, and add the residual in a pass of its own.
+    """
+    if _onednn(x):
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y = F.linear(x, weight, bias)
+    return y if residual is None else residual + y
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution of images (N, C, h, w) with weight (C', C, 1, 1): a product of channels-last pixels."""
+    if not _onednn(x) or not x.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, weight, bias)
+    return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (N, C, h, w) with every pixel repeated in both directions, convolved with weight (C', C, 3, 3) and bias (C').
+
+    Where pixels are repeated, a window of 3x3 holds 2x2 different ones. So the four pixels that one becomes are four
+    convolutions of 2x2, with weights summed beforehand: 4/9 of the products, and nothing is repeated in memory.
+    """
+    if not _onednn(x) or x.dtype != torch.float32:  # in half precision products are too cheap to be worth it
+        return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    wide = weight.float()
+    first, middle, last = wide.unbind(2)
+    rows = (torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2))
+    kernels = []
+    for row in rows:
+        first, middle, last = row.unbind(3)
+        kernels += [torch.stack([first, middle + last], 3), torch.stack([first + middle, last], 3)]
+    (batch, _, height, width), channels = x.shape, weight.shape[0]
+    out = x.new_empty(batch, height, 2, width, 2, channels)
+    for i, kernel in enumerate(kernels):
+        below, right = divmod(i, 2)
+        part = F.pad(x, (1 - right, right, 1 - below, below))
+        kernel = kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        out[:, :, below, :, right] = F.conv2d(part, kernel, bias).permute(0, 2, 3, 1)
+    return out.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (..., C) by weight (2 W, C) and bias (2 W): the first half times the GELU of the second -> (..., W)."""
+    if _onednn(x):
+        (value, gate), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
+        gates = torch.ops.mkldnn._linear_pointwise(x, gate, gate_bias, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, gates, value, value_bias, "mul")
+    return gated(linear(x, weight, bias))
+
+
+def gated(x: Tensor) -> Tensor:
+    """(..., 2 W) -> (..., W): the first half times the GELU of the second."""
+    if kernels.usable(x):
+        return kernels.geglu(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, *, silu: bool) -> Tensor:
+    """GroupNorm of channels-last images (N, C, h, w), and SiLU behind it where asked -> the same order."""
+    if kernels.usable(x):
+        return kernels.group_norm_silu(x, weight, bias, groups, eps, silu=silu)
+    y = F.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=torch.channels_last)
+    return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, P, d), k and v (B, H, L, d) -> softmax(q k^T / sqrt(d)) v, (B, H, P, d)."""
+    scores = q.shape[:3].numel() * k.shape[2]
+    if q.device.type != "cpu" or q.dtype not in CPU_TYPES or scores > SMALL_SCORES:
+        return F.scaled_dot_product_attention(q, k, v)
+    heads = q.shape[:2]
+    q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+    weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(weights.softmax(-1), v).unflatten(0, heads)
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for many short sequences, q, k and v (B, R, F, d)."""
+    return kernels.temporal_attention(q, k, v) if kernels.usable(q) else attention(q, k, v)
+
+
+def _onednn(x: Tensor) -> bool:
+    """oneDNN's fused operations know no gradients."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in CPU_TYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")  # it would not convert what these are given
+        and torch.backends.mkldnn.is_available()
+    )
