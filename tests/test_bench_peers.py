@@ -1,0 +1,25 @@
+"""What ours is timed against computes the same."""
+
+from __future__ import annotations
+
+import torch
+
+from animatelcm.bench import peers
+
+TEXTS = ["a parrot", "", "a Cat on a blue background, jumping"]
+
+
+def test_the_rivals_parts_are_copies_that_compute_the_same(fresh_model):
+    model, pipe = fresh_model, peers.pipeline(fresh_model)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens = pipe.tokenizer(TEXTS, **options).input_ids
+        assert torch.equal(tokens, model.tokens(TEXTS))
+        assert torch.allclose(pipe.text_encoder(tokens).last_hidden_state, model.embed(TEXTS), atol=1e-5)
+        assert torch.allclose(pipe.vae.decode(latents).sample, model.vae.decode(latents), atol=1e-5)
+    ours = {value.data_ptr() for network in model.networks.values() for value in network.parameters()}
+    theirs = {
+        value.data_ptr() for network in (pipe.vae, pipe.text_encoder, pipe.unet) for value in network.parameters()
+    }
+    assert not ours & theirs
