@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import standins
 from animatelcm import Pipeline
 from animatelcm.assembly import load_sum, with_temporal_layers
-from animatelcm.building import clip_tokenizer
+from animatelcm.bench import peers
 from animatelcm.bundle import ASSETS, save
 from animatelcm.conversion import convert
 from animatelcm.nets import sd15
@@ -33,6 +33,7 @@ from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample_steps
 from animatelcm.schedule import NoiseSchedule
+from animatelcm.tokenizer import Tokenizer, read_merges
 from animatelcm.weights.lora import read_lora, write_lora
 from test_condition import beside
 
@@ -73,7 +74,7 @@ def theirs(files, tmp_path_factory):
     StableDiffusionPipeline(
         vae=AutoencoderKL(**{**sd15.VAE, "block_out_channels": standins.SMALL}),
         text_encoder=CLIPTextModel(CLIPTextConfig(**{**text, "num_hidden_layers": 2, "num_attention_heads": 1})),
-        tokenizer=clip_tokenizer(ASSETS / "sd15" / "merges.txt", sd15.TOKENS),
+        tokenizer=peers.tokenizer(Tokenizer.from_merges(read_merges(ASSETS / "sd15" / "merges.txt"), sd15.TOKENS)),
         unet=UNet2DConditionModel(block_out_channels=standins.SMALL, cross_attention_dim=TEXT),
         scheduler=LCMScheduler.from_config(
             NoiseSchedule(beta_schedule="linear", solver_steps=100).to_diffusers("LCMScheduler")
@@ -114,7 +115,7 @@ def _frames(pipeline) -> torch.Tensor:
     *_, last = sample_steps(pipeline.model, REQUEST)
     with torch.inference_mode():
         latents = last.latents[0].transpose(0, 1) / pipeline.model.vae.config.scaling_factor
-        return (pipeline.model.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        return (pipeline.model.vae.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
 def _frames_of(theirs, monkeypatch) -> torch.Tensor:

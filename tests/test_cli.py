@@ -91,6 +91,36 @@ def test_inspect_prints_the_command_that_makes_it_again(folder, tmp_path, capsys
     assert (video.read("again.webp").frames == video.read("one-1.webp").frames).all()
 
 
+def test_a_video_that_memory_does_not_hold_goes_on_from_its_latents(folder, tmp_path, capsys, monkeypatch):
+    from animatelcm.model import VideoModel
+
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "a parrot", "--model", folder, "--steps", "1", "--frames", "2"]
+    cli.main([*words, "--out", "whole.webp", "--offload", "none"])
+
+    def full(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoModel, "draw", full)
+        message = _fails([*words, "--out", "x.webp"], capsys).strip()
+    assert "too little memory to decode" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.webp", "x.latents.safetensors"}
+    command = shlex.split(message[message.index("animatelcm decode") :])
+    assert command == ["animatelcm", "decode", "x.latents.safetensors", "--model", folder, "--out", "x.webp"]
+    cli.main(command[1:])
+    assert "x.webp: decoded in" in capsys.readouterr().out
+    whole, later = video.read("whole.webp"), video.read("x.webp")
+    assert (whole.frames == later.frames).all()
+    assert whole.metadata == later.metadata
+    assert "x.webp exists" in _fails(command[1:], capsys)
+    cli.main([*command[1:], "--force", "--json"])
+    assert json.loads(capsys.readouterr().out)["files"] == ["x.webp"]
+    (tmp_path / "broken.latents.safetensors").write_bytes(b"12345678901234567890")
+    assert "broken.latents" in _fails(["decode", "broken.latents.safetensors", "--model", folder], capsys)
+    assert "no safetensors file" in _fails(["decode", "whole.webp", "--model", folder], capsys)
+
+
 def test_nothing_is_overwritten_without_force(folder, tmp_path, capsys):
     out = tmp_path / "x.gif"
     out.write_bytes(b"precious")
@@ -105,7 +135,8 @@ def test_nothing_is_overwritten_without_force(folder, tmp_path, capsys):
     ("words", "named"),
     [
         (["--steps", "0"], "num_inference_steps"),
-        (["--frames", "100"], "num_frames"),
+        (["--frames", "100000"], "num_frames"),
+        (["--context-overlap", "16"], "context_overlap"),
         (["--size", "big"], "--size"),
         (["--size", "60x64"], "width"),
         (["--model", "nothing-here"], "nothing-here"),

@@ -222,7 +222,7 @@ def test_diffusers_draws_the_same_picture_from_the_same_file(model, tmp_path):
     def ours() -> np.ndarray:
         with torch.inference_mode():
             *_, last = sample_steps(model, request)
-            picture = model.vae.decode(last.latents[:, :, 0] / model.vae.config.scaling_factor).sample[0]
+            picture = model.vae.decode(last.latents[:, :, 0] / model.vae.config.scaling_factor)[0]
         return (picture.permute(1, 2, 0).numpy() / 2 + 0.5).clip(0, 1)
 
     before = ours()

@@ -18,6 +18,7 @@ ROWS = [
         "request",
         "model",
         "building",
+        "tokenizer",
         "ldm",
         "fusion",
         "bundle",
@@ -27,8 +28,8 @@ ROWS = [
         "miniature",
         "roles",
     },
-    {"objectives", "sampling", "windows", "evaluate", "inspection", "conversion", "pipeline"},
-    {"recipes", "checkpoint", "planning", "stages", "training", "log"},
+    {"objectives", "sampling", "decoding", "memory", "windows", "evaluate", "inspection", "conversion", "pipeline"},
+    {"recipes", "checkpoint", "planning", "stages", "training", "log", "bench"},
     {"cli", "server", "ui", "cluster", "__main__"},
 ]
 
@@ -83,3 +84,19 @@ def test_the_command_line_imports_nothing_heavy():
     code = f"import sys, animatelcm.cli; print(*(m for m in {heavy} if m in sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.split() == []
+
+
+def test_a_video_from_the_command_line_needs_torch_alone(tmp_path):
+    """What others are there for, adapters and training, is not waited for; nor is torch's compiler."""
+    heavy = ("diffusers", "transformers", "accelerate", "peft", "cv2", "scipy", "torch._dynamo", "torch._inductor")
+    out = tmp_path / "x.mp4"
+    words = ["generate", "a parrot", "--num-frames", "2", "--num-inference-steps", "1", "--out", str(out)]
+    code = f"""
+import sys
+from animatelcm.cli import main
+main({words})
+print("imported", *(name for name in {heavy} if name in sys.modules))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.is_file()
+    assert shown.splitlines()[-1] == "imported"

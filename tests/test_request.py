@@ -25,7 +25,9 @@ def test_what_is_not_said_comes_from_the_model():
     ("field", "value"),
     [
         ("num_inference_steps", 0),
-        ("num_frames", 65),
+        ("num_frames", 10_001),
+        ("context_length", 0),
+        ("noise", "white"),
         ("width", -8),
         ("guidance_scale", 0.5),
         ("guidance_scale", float("nan")),

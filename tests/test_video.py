@@ -255,6 +255,56 @@ def test_a_failure_in_the_middle_leaves_things_as_they_were(tmp_path, monkeypatc
     assert not before or len(video.read(path).frames) == 3
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_chunks_make_the_same_file_as_an_array(tmp_path, container):
+    frames = smooth(7, 32, 32)
+    whole = video.write(frames, tmp_path / f"whole{container}", fps=8, metadata=WORDS)
+    parts = iter([frames[:3], frames[3:6], frames[6:]])
+    path = video.write(parts, tmp_path / f"parts{container}", fps=8, num_frames=7, metadata=WORDS)
+    files = sorted(whole.iterdir()) if whole.is_dir() else [whole]
+    again = sorted(path.iterdir()) if path.is_dir() else [path]
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("container", [".mp4", ""])
+def test_a_chunk_is_written_before_the_next_is_asked_for(tmp_path, monkeypatch, container):
+    asked, written = 0, []
+    from_ndarray, save = av.VideoFrame.from_ndarray, video.save
+
+    def chunks():
+        nonlocal asked
+        for _ in range(5):
+            assert len(written) == 3 * asked
+            asked += 1
+            yield smooth(3, 16, 16)
+
+    def encoded(*args, **options):
+        written.append(1)
+        return from_ndarray(*args, **options)
+
+    monkeypatch.setattr(av, "VideoFrame", SimpleNamespace(from_ndarray=encoded))
+    monkeypatch.setattr(video, "save", lambda *args, **options: written.append(1) or save(*args, **options))
+    video.write(chunks(), tmp_path / f"a{container}", fps=8, num_frames=15)
+    assert len(written) == 15
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize(
+    ("chunks", "count", "named"),
+    [
+        ([(3, 16, 16)], None, "need num_frames"),
+        ([(3, 16, 16)], 4, "num_frames=4, but 3 frames came"),
+        ([(3, 16, 16), (3, 16, 16)], 4, "num_frames=4, but 6 or more frames came"),
+        ([(3, 16, 16), (1, 16, 32)], 4, r"frames \(16, 32, 3\) come after frames \(16, 16, 3\)"),
+        ([], 4, "num_frames=4, but 0 frames came"),
+    ],
+)
+def test_chunks_that_are_no_video_leave_no_file(tmp_path, container, chunks, count, named):
+    with pytest.raises(ValueError, match=named):
+        video.write((noise(*size, 3) for size in chunks), tmp_path / f"a{container}", fps=8, num_frames=count)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("container", [".mp4", ".gif", ".webp"])
 @pytest.mark.parametrize("share", [0, 0.02, 0.3, 0.6, 0.9, -1])
 def test_a_truncated_file_is_named(tmp_path, container, share):

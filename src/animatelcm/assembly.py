@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,12 +24,16 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.request import ModelSource
 from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.families import Family, family_of
-from animatelcm.weights.files import State, read_header, read_state
+from animatelcm.weights.files import State, find_copy, read_header, read_state
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import config as motion_settings
 from animatelcm.weights.motion import read_motion, weights_file
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
 LOG = logging.getLogger(__name__)
+TINY = "madebyollin/taesd"
 FAST_LORAS = ("lcm-lora",)
 """Families of LoRAs that change how a model is sampled."""
 
@@ -71,6 +76,10 @@ def load_sum(
     for style, _ in styles:
         _settle(model, style)
     _override(model, source)
+    if source.decoder:
+        model.decoder = _decoder(
+            model, find(TINY if source.decoder == "tiny" else source.decoder, ADAPTER_FILES), dtype
+        )
     model.to(device)
     if styles or accelerated:
         fuse(model, style=styles, image=source.image_scale if accelerated else None, keep=keep)
@@ -150,6 +159,25 @@ def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> n
             raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
         return _image_encoder(model, found.image_encoder, dtype, str(place))
     return read_adapter(place, name, Beside.of(model), dtype)
+
+
+def _decoder(model: VideoModel, place: Path, dtype: torch.dtype) -> AutoencoderTiny:
+    """A small autoencoder from its folder, safetensors alone. Raises ValueError where its latents are not the model's.
+
+    (Its shapes do not tell whether it was trained on them: taesd belongs to Stable Diffusion 1.x.)
+    """
+    file = find_copy(place, "diffusion_pytorch_model")
+    if file is None or file.suffix != ".safetensors":
+        raise ValueError(f"weights are missing: {place / 'diffusion_pytorch_model.safetensors'}")
+    made = building.tiny_autoencoder(building.read_json(place / "config.json"), read_state(file), dtype, str(place))
+    cell = made.config.upsampling_scaling_factor ** (len(made.config.decoder_block_out_channels) - 1)
+    own, wanted = (made.config.latent_channels, cell), (model.vae.config.latent_channels, model.downscale)
+    if own != wanted or made.config.out_channels != 3:
+        raise ValueError(
+            f"{place}: a decoder of latents with {own[0]} channels in cells of {own[1]} pixels, and this model's have "
+            f"{wanted[0]} and {wanted[1]}; take one that was made for it, or leave --decoder out"
+        )
+    return made
 
 
 def _adopt(model: VideoModel, family: Family, name: str, *, noise: bool = True) -> None:

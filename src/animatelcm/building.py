@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from animatelcm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from animatelcm.nets.motion import MotionConfig
+from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.files import State, check_finite, find_copy, read_state
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderTiny
 
-LIMITS = {"num_hidden_layers": 128, "hidden_size": 16_384, "intermediate_size": 65_536, "vocab_size": 1_000_000}
-"""Of a text encoder's settings, which decide how much is built before any weight is seen."""
+TINY_LIMITS = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), 64),
+    **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), 4096),
+    **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), 64),
+    "upsampling_scaling_factor": 8,
+}
+"""Of a small autoencoder's settings, which decide how much is built before any weight is seen."""
 _Network = TypeVar("_Network", bound=nn.Module)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the autoencoder's attention layers in folders that diffusers wrote before 0.15."""
@@ -33,14 +40,32 @@ def unet(config: UNetConfig, motion: MotionConfig | None, state: State, dtype: t
     return filled(network, state, dtype, where)
 
 
-def autoencoder(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> AutoencoderKL:
-    """diffusers' autoencoder with these weights, also by the names of older diffusers. ``state`` is emptied."""
-    from diffusers import AutoencoderKL
-
+def autoencoder(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> Autoencoder:
+    """An autoencoder with these weights, also by the names of older diffusers. ``state`` is emptied."""
     with empty_weights():
-        network = AutoencoderKL.from_config(dict(config))
+        network = Autoencoder(AutoencoderConfig.from_diffusers(config))
     renamed = {_new_attention(key): state.pop(key) for key in list(state)}
     return filled(network, renamed, dtype, where)
+
+
+def tiny_autoencoder(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> AutoencoderTiny:
+    """diffusers' small autoencoder with these weights. ``state`` is emptied. Raises ValueError for another class, and
+    for sizes that no such autoencoder has, before anything is built."""
+    from diffusers import AutoencoderTiny
+
+    if config.get("_class_name") != "AutoencoderTiny":
+        raise ValueError(f"{where} is a {config.get('_class_name')!r}; give an AutoencoderTiny's folder, or a hub id")
+    for name, most in TINY_LIMITS.items():
+        value = config.get(name, 1)
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > 64 or not all(type(number) is int and 0 < number <= most for number in numbers):
+            raise ValueError(f"{where}: {name}={reprlib.repr(value)} is out of range; numbers of 1..{most} are read")
+    try:
+        with empty_weights():
+            network = AutoencoderTiny.from_config(dict(config))
+    except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{where}: its config.json describes no AutoencoderTiny ({error}); fetch it again") from error
+    return filled(network, state, dtype, where)
 
 
 def _new_attention(key: str) -> str:
@@ -49,57 +74,17 @@ def _new_attention(key: str) -> str:
     return f"{stem}.{OLD_ATTENTION[layer]}.{leaf}" if ".attentions." in key and layer in OLD_ATTENTION else key
 
 
-def text_encoder(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> CLIPTextModel:
-    """transformers' CLIP text model with these weights, with or without its prefix. ``state`` is emptied."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+def text_encoder(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> TextEncoder:
+    """A text encoder with these weights, by CLIP's classic names or those without their prefix, which transformers has
+    had since 5.6. ``state`` is emptied."""
     with empty_weights():
-        network = CLIPTextModel(CLIPTextConfig(**_settings(config)))
-    prefix = "text_model." if any(name.startswith("text_model.") for name, _ in network.named_parameters()) else ""
+        network = TextEncoder(TextConfig.from_transformers(config))
     renamed = {
-        prefix + key.removeprefix("text_model."): state.pop(key)
+        "text_model." + key.removeprefix("text_model."): state.pop(key)
         for key in list(state)
         if not key.endswith("position_ids") and not key.startswith("text_projection.")
     }
     return filled(network, renamed, dtype, where)
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A text encoder's config.json without what says how it was stored."""
-    stored = {"architectures", "torch_dtype", "dtype", "transformers_version", "model_type", "_name_or_path"}
-    for name, most in LIMITS.items():
-        value = config.get(name, 1)
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"text encoder: {name}={value!r} is out of range; choose 1..{most}")
-    return {key: value for key, value in config.items() if key not in stored}
-
-
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer from a folder (tokenizer.json, or vocab.json with merges.txt)."""
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-def clip_tokenizer(merges: Path, length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer from its merges alone; the vocabulary follows from them.
-
-    Its order: 256 bytes, 256 bytes that end a word, merges, start and end of text. Texts are cut at ``length`` tokens.
-    """
-    from transformers import CLIPTokenizer
-
-    pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
-    letters = _byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in pairs)]
-    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=length)
-
-
-def _byte_letters() -> list[str]:
-    """The character that stands for each byte in byte-level BPE (GPT-2), in its vocabulary's order."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
-    hidden = 256 - len(shown)  # bytes without a visible character stand after all others
-    return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(hidden)]
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,18 +126,23 @@ def _problem(key: str, state: State, wanted: Mapping[str, torch.Size]) -> str:
 @contextmanager
 def empty_weights() -> Iterator[None]:
     """Modules built meanwhile have parameters without numbers (on the meta device); buffers are computed as usual."""
-    register = nn.Module.register_parameter
+    register, normal = nn.Module.register_parameter, nn.init.normal_
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
+    def normal_unless_empty(tensor: Tensor, *args: Any, **options: Any) -> Tensor:  # noqa: ANN401 - as torch's
+        return tensor if tensor.is_meta else normal(tensor, *args, **options)  # torch would load its compiler for it
+
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.init.normal_ = normal_unless_empty
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.init.normal_ = normal
 
 
 def read_part(folder: Path, stem: str) -> State:

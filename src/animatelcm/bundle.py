@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from animatelcm import building
 from animatelcm.adapters import Beside, read, settings_of
-from animatelcm.building import plain_config, read_json, read_part
+from animatelcm.building import read_json, read_part
 from animatelcm.fusion import fuse
 from animatelcm.hub import ASSETS, find
 from animatelcm.ldm import read_checkpoint
@@ -33,6 +33,7 @@ from animatelcm.nets import sd15
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig
 from animatelcm.schedule import NoiseSchedule, SchedulerClass
+from animatelcm.tokenizer import Tokenizer, read_merges
 from animatelcm.weights.files import State, write_safetensors
 from animatelcm.weights.lora import Layout, Lora, modelspec, read_lora, write_lora
 from animatelcm.weights.motion import config as motion_settings
@@ -74,7 +75,7 @@ def save(
     with new_folder(Path(folder)) as unfinished:
         _write_networks(model, unfinished, dtype)
         _write_loras(model, unfinished, dtype)
-        model.tokenizer.save_pretrained(str(unfinished / "tokenizer"))
+        model.tokenizer.save(unfinished / "tokenizer")
         write_json(unfinished / "scheduler" / "scheduler_config.json", model.schedule.to_diffusers(scheduler))
         write_json(unfinished / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler]})
         write_json(unfinished / FACTS_FILE, asdict(model.facts))
@@ -119,11 +120,8 @@ def _write_networks(model: VideoModel, folder: Path, dtype: torch.dtype) -> None
         for name, state in {"motion_adapter": motion, "motion_adapter_teacher": teacher}.items():
             if state:
                 _write_part(folder / name, model.unet.motion.to_diffusers(config), state | positions)
-    _write_part(folder / "vae", plain_config(model.vae.config), _base_state(model, "vae", dtype))
-    # The classic key prefix: every release of transformers reads it, while what newer ones write older ones do not.
-    text = _base_state(model, "text_encoder", dtype)
-    text = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in text.items()}
-    text_config = {"architectures": ["CLIPTextModel"], **model.text_encoder.config.to_diff_dict()}
+    _write_part(folder / "vae", model.vae.config.to_diffusers(), _base_state(model, "vae", dtype))
+    text_config, text = model.text_encoder.config.to_transformers(), _base_state(model, "text_encoder", dtype)
     _write_part(folder / "text_encoder", text_config, text, weights="model.safetensors", config="config.json")
     for name, network in model.adapters.items():
         state = _base_state(model, f"adapter_{name}", dtype)
@@ -216,7 +214,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: b
             str(folder / "vae"),
         ),
         text_encoder=building.text_encoder(read_json(text / "config.json"), _read_text_state(text), dtype, str(text)),
-        tokenizer=building.tokenizer(folder / "tokenizer"),
+        tokenizer=Tokenizer.from_folder(folder / "tokenizer"),
         schedule=NoiseSchedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json")),
         facts=read_facts_file(folder, name),
         teacher_motion=_teacher_motion(folder / "motion_adapter_teacher", dtype) if with_teacher else {},
@@ -249,7 +247,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> VideoModel:
         unet=building.unet(found.unet_config, None, found.unet, dtype, f"{path}: unet"),
         vae=building.autoencoder(found.vae_config, found.vae, dtype, f"{path}: vae"),
         text_encoder=building.text_encoder(found.text_config, found.text, dtype, f"{path}: text encoder"),
-        tokenizer=building.clip_tokenizer(ASSETS / "sd15" / "merges.txt", sd15.TOKENS),
+        tokenizer=Tokenizer.from_merges(read_merges(ASSETS / "sd15" / "merges.txt"), sd15.TOKENS),
         schedule=NoiseSchedule(beta_schedule="scaled_linear"),
         facts=Facts(name=path.stem),
     )
@@ -262,10 +260,11 @@ def _as_teacher(model: VideoModel) -> VideoModel:
 
 
 def _read_loras(model: VideoModel, folder: Path) -> None:
+    modules = model.modules()
     if (folder / IMAGE_LORA).is_file():
-        model.image_lora = read_lora(folder / IMAGE_LORA, model.modules())
+        model.image_lora = read_lora(folder / IMAGE_LORA, modules)
     for path in sorted((folder / "styles").glob("*.safetensors")):
-        model.styles[path.stem] = read_lora(path, model.modules())
+        model.styles[path.stem] = read_lora(path, modules)
 
 
 def read_facts_file(folder: Path, name: str) -> Facts:

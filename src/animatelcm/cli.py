@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,12 +18,11 @@ from tyro.conf import AvoidSubcommands, Positional, arg
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
 from animatelcm.evaluate.report import Kind, Steer
-from animatelcm.request import ModelSource, SampleRequest, Target
+from animatelcm.request import Compile, ModelSource, Offload, Precision, SampleRequest, Target
 
 if TYPE_CHECKING:
-    from animatelcm.condition import Condition
     from animatelcm.model import VideoModel
-    from animatelcm.request import Video
+    from animatelcm.sampling import Preview
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,14 @@ class Generate:
     """A file (.mp4, .gif, .webp), or a folder for a png sequence; several get -0, -1, ... Default: PROMPT.mp4."""
     device: str = "auto"
     """cpu, cuda, mps, or auto: the fastest here."""
+    offload: Offload = "auto"
+    """model: networks wait on the CPU while others work on the device; none: they stay there; auto: they wait where its
+    memory is short."""
+    precision: Precision = "auto"
+    """Numbers that networks compute with; auto: fp16 on CUDA, else fp32."""
+    compile: Compile = "auto"
+    """none: networks are called as they are; auto: as CUDA graphs on a GPU; full: fused by torch.compile too, which
+    takes minutes at first."""
     force: bool = False
     """Replace files that exist."""
     json: bool = False
@@ -46,6 +53,8 @@ class Generate:
     def run(self) -> None:
         from animatelcm import video
         from animatelcm.condition import read
+        from animatelcm.decoding import rescued, write
+        from animatelcm.sampling import drafts
 
         targets = _targets(self.out or Path(_slug(self.request.prompt) + ".mp4"), self.request.num_videos_per_prompt)
         for target in targets:
@@ -53,22 +62,24 @@ class Generate:
         began = time.perf_counter()
         request = _sized(self.request, self.size)
         with _told(quiet=self.json):
-            model = _load(self.source, self.device, keep=False, adapters=request.adapter_names())
+            adapters = request.adapter_names()
+            options = {"offload": self.offload, "precision": self.precision, "adapters": adapters}
+            model = _load(self.source, self.device, keep=False, **options)
+            model.compile = self.compile
             request = request.resolved(model.facts, model.downscale)
             condition = read(request, model)
-        loaded = time.perf_counter() - began
-        videos = _with_bar(model, request, condition, quiet=self.json)
-        for made, target in zip(videos, targets, strict=True):
-            video.write(
-                made.frames, target, fps=made.fps, metadata=made.recipe(self.source, __version__), overwrite=self.force
-            )
-        seconds = {"load": loaded, **_sum_seconds(videos), "total": time.perf_counter() - began}
-        self._report(request, videos, targets, seconds)
+        loaded, made = time.perf_counter() - began, []
+        options = {"condition": condition, "offload": self.offload}
+        with _bar(request, quiet=self.json) as bar, closing(drafts(model, request, progress=bar, **options)) as coming:
+            for draft, target in zip(coming, targets, strict=True):
+                with rescued(draft, target, self.source):
+                    phases = write(model, draft, target, source=self.source, overwrite=self.force)
+                made.append((draft.evaluations, phases))
+        seconds = {"load": loaded, **_sum_seconds([phases for _, phases in made])}
+        seconds["total"] = time.perf_counter() - began
+        self._report(request, sum(evaluations for evaluations, _ in made), targets, seconds)
 
-    def _report(
-        self, request: SampleRequest, videos: list[Video], targets: list[Path], seconds: dict[str, float]
-    ) -> None:
-        evaluations = sum(made.evaluations for made in videos)
+    def _report(self, request: SampleRequest, evaluations: int, targets: list[Path], seconds: dict[str, float]) -> None:
         if self.json:
             files = {**asdict(self.source), "files": [str(target) for target in targets]}
             rounded = {phase: round(value, 3) for phase, value in seconds.items()}
@@ -76,6 +87,35 @@ class Generate:
         else:
             phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
             _say(f"{', '.join(map(str, targets))}: {seconds['total']:.1f} s ({phases}), {evaluations} evaluations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Go on where memory or the disk did not suffice for a video: from its latents to its file."""
+
+    latents: Positional[Path]
+    """NAME.latents.safetensors, as generate left it."""
+    source: Annotated[ModelSource, arg(name="")] = field(default_factory=ModelSource)
+    out: Path | None = None
+    """A file (.mp4, .gif, .webp), or a folder for a png sequence. Default: NAME.mp4."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto: the fastest here."""
+    force: bool = False
+    """Replace a file that exists."""
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+
+    def run(self) -> None:
+        from animatelcm import decoding, video
+
+        target = self.out or self.latents.with_name(self.latents.name.removesuffix(decoding.SUFFIX) + ".mp4")
+        video.check_path(target, overwrite=self.force)
+        with _told(quiet=self.json):
+            model = _load(self.source, self.device, offload="model", keep=False, adapters=())
+            draft = decoding.load(self.latents, model)
+            seconds = decoding.write(model, draft, target, source=self.source, overwrite=self.force)["decode"]
+        said = {"files": [str(target)], "seconds": {"decode": round(seconds, 3)}}
+        _say(json.dumps(said) if self.json else f"{target}: decoded in {seconds:.1f} s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +257,51 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time the embedded model, or one of Stable Diffusion 1.5's size, beside diffusers on the same weights."""
+
+    model: Literal["emoji", "sd15-random"] = "emoji"
+    """sd15-random has random weights, and needs 16 GB on a CPU."""
+    steps: int = 4
+    """Of the sampler."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 is off."""
+    frames: int = 16
+    """Of each clip."""
+    size: int | None = None
+    """Height and width in pixels. Default: 64, or 512 for sd15-random."""
+    batch: int = 1
+    """Clips of one prompt."""
+    rounds: int = 9
+    """Times that each is run, in turn with the others."""
+    compiled: bool = False
+    """Also time diffusers' network under torch.compile (minutes)."""
+    process: bool = False
+    """Also time whole processes, from nothing to a file."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the fastest here."""
+    precision: Precision = "auto"
+    """Numbers that networks compute with, theirs too; auto: fp16 on CUDA, else fp32."""
+    compile: Compile = "auto"
+    """How our network is called, as in generate."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def run(self) -> None:
+        from animatelcm.bench import inference
+        from animatelcm.memory import best_dtype
+        from animatelcm.sampling import best_device
+
+        device = best_device() if self.device == "auto" else self.device
+        size = self.size or (64 if self.model == "emoji" else 512)
+        case = inference.Case(steps=self.steps, guidance=self.guidance, frames=self.frames, size=size, batch=self.batch)
+        model = inference.subject(self.model, device, best_dtype(self.precision, device))
+        model.compile = self.compile
+        report = inference.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
+        _say(json.dumps(report) if self.json else inference.table(report))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How to run a recipe, as opposed to what it is."""
 
@@ -263,7 +348,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-VERBS = {"generate": Generate, "fuse": Fuse, "convert": Convert, "inspect": Inspect, "eval": Eval}
+VERBS = {
+    "generate": Generate,
+    "decode": Decode,
+    "fuse": Fuse,
+    "convert": Convert,
+    "inspect": Inspect,
+    "eval": Eval,
+    "bench": Bench,
+}
 
 
 def _run(words: list[str]) -> None:
@@ -316,23 +409,31 @@ def _told(*, quiet: bool) -> Iterator[None]:
 
 
 def _load(
-    source: ModelSource, device: str, *, keep: bool = True, adapters: Collection[str] | None = None
+    source: ModelSource,
+    device: str,
+    *,
+    offload: Offload = "none",
+    precision: Precision = "fp32",
+    keep: bool = True,
+    adapters: Collection[str] | None = None,
 ) -> VideoModel:
-    from animatelcm.assembly import load_sum
+    from animatelcm.memory import best_dtype, load_for
     from animatelcm.sampling import best_device
 
-    return load_sum(source, device=best_device() if device == "auto" else device, keep=keep, adapters=adapters)
+    place = best_device() if device == "auto" else device
+    dtype = best_dtype(precision, place)
+    return load_for(source, device=place, dtype=dtype, offload=offload, keep=keep, adapters=adapters)
 
 
-def _with_bar(model: VideoModel, request: SampleRequest, condition: Condition, *, quiet: bool) -> list[Video]:
+@contextmanager
+def _bar(request: SampleRequest, *, quiet: bool) -> Iterator[Callable[[Preview], None]]:
+    """A bar on stderr for the steps of a resolved request."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from animatelcm.sampling import sample
-
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(request.prompt, total=request.num_inference_steps * request.num_videos_per_prompt)
-        return sample(model, request, condition=condition, progress=lambda _: bar.advance(task))
+        yield lambda _: bar.advance(task)
 
 
 @contextmanager
@@ -374,8 +475,8 @@ def _sized(request: SampleRequest, size: str | None) -> SampleRequest:
     return replace(request, width=int(width), height=int(height))
 
 
-def _sum_seconds(videos: list[Video]) -> dict[str, float]:
-    return {phase: sum(made.seconds[phase] for made in videos) for phase in videos[0].seconds}
+def _sum_seconds(videos: list[dict[str, float]]) -> dict[str, float]:
+    return {phase: sum(seconds[phase] for seconds in videos) for phase in videos[0]}
 
 
 def _say(text: str) -> None:

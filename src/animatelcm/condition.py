@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LOG = logging.getLogger(__name__)
-Steering = Callable[[Tensor, Tensor, Tensor, float, float], Hints]
-"""(x_t (B, C, F, h, w), t (B,), text (B, L, D), begin and end of the step as shares of all steps) -> hints."""
+Steering = Callable[[Tensor, Tensor, Tensor, float, float, Sequence[range] | None], Hints]
+"""(x_t (B, C, F, h, w), t (B,), text (B, L, D), begin and end of the step as shares of all steps, frames) -> hints.
+
+The batch holds windows of frames one after the other, and these once or several times; None is the whole video."""
 
 
 class Control(NamedTuple):
@@ -146,6 +148,9 @@ def _frames(request: SampleRequest, model: VideoModel, file: str, kind: str, *, 
 def steering(model: VideoModel, request: SampleRequest, condition: Condition) -> Steering:
     """The condition as hints for any evaluation of the network; what no step changes is computed once.
 
+    Each window of a long video follows its own part of a layout, and animates the picture as the first one does: where
+    later ones did not see it, they showed another subject.
+
     Raises ValueError where the model lacks an adapter, or pixels have another size than the request's.
     """
     _check_sizes(request, condition)
@@ -159,23 +164,48 @@ def steering(model: VideoModel, request: SampleRequest, condition: Condition) ->
     for control in condition.controls:
         maps = to_pixels([control.maps]).add(1).div(2).to(model.device)
         parts.append((_adapter(model, control.name), Clues(maps=maps), control))
-    steady: dict[int, Hints] = {}
+    steady: dict[tuple[int, int], Hints] = {}
 
-    def steer(x: Tensor, t: Tensor, text: Tensor, begin: float, end: float) -> Hints:
-        hints = NOTHING
+    def steer(
+        x: Tensor, t: Tensor, text: Tensor, begin: float, end: float, spans: Sequence[range] | None = None
+    ) -> Hints:
+        hints, spans = NOTHING, spans or [range(x.shape[2])]
+        repeats = len(x) // len(spans)
         for i, (adapter, clues, control) in enumerate(parts):
             if begin < control.start or end > control.end:
                 continue
+            seen = [_within(clues, span) for span in spans]
             if not adapter.steady:
-                found = adapter(x, t, text, clues.repeated(len(x)))
+                found = adapter(x, t, text, _batched_clues(seen).repeated(repeats))
             else:
-                if i not in steady:
-                    steady[i] = adapter(x[:1], t[:1], text[:1], clues)
-                found = steady[i].repeated(len(x))
+                keys = [(i, 0 if clues.maps is None else span.start) for span in spans]
+                for key, part in zip(keys, seen, strict=True):
+                    if key not in steady:
+                        steady[key] = adapter(x[:1], t[:1], text[:1], part)
+                found = _batched_hints([steady[key] for key in keys]).repeated(repeats)
             hints = hints.merged(found.times(control.scale) if control.scale != 1 else found)
         return hints
 
     return steer
+
+
+def _within(clues: Clues, span: range) -> Clues:
+    """Of some frames."""
+    return clues if clues.maps is None else clues._replace(maps=clues.maps[:, :, span.start : span.stop])
+
+
+def _batched_clues(clues: Sequence[Clues]) -> Clues:
+    """One after the other in a batch, as ``_batched_hints``."""
+    return Clues(*(_joined(each) for each in zip(*clues, strict=True)))
+
+
+def _batched_hints(hints: Sequence[Hints]) -> Hints:
+    features, residuals = ([*map(_joined, zip(*(h[i] for h in hints), strict=True))] for i in range(2))
+    return Hints(tuple(features), tuple(residuals), *(_joined([h[i] for h in hints]) for i in (2, 3)))
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
 def _adapter(model: VideoModel, name: str, motion_scale: float = 0.0) -> Adapter:

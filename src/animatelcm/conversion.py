@@ -17,6 +17,7 @@ from animatelcm.bundle import ADAPTERS, IMAGE_LORA, load, new_folder, read_facts
 from animatelcm.hub import find
 from animatelcm.ldm import is_checkpoint
 from animatelcm.nets import emoji, sd15
+from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.request import Target
 from animatelcm.schedule import NoiseSchedule
@@ -228,12 +229,10 @@ def _read_any_lora(place: Path) -> tuple[Lora, str]:
 @cache
 def _weights(shapes: ModuleType) -> State:
     """Maps and convolutions of a known architecture by ``<part>.<name>``, with temporal layers, without numbers."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     with empty_weights():
         parts = {
             "unet": VideoUNet(UNetConfig.from_diffusers(shapes.UNET), shapes.MOTION),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**shapes.TEXT)),
+            "text_encoder": TextEncoder(TextConfig(**shapes.TEXT)),
         }
     return {
         f"{part}.{key}": value

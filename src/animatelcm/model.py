@@ -11,16 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from animatelcm.nets.autoencoder import Autoencoder
+from animatelcm.nets.bands import decode_in_bands
+from animatelcm.nets.graphs import Graphs
 from animatelcm.nets.motion import MotionConfig
+from animatelcm.nets.text_encoder import TextEncoder
 from animatelcm.nets.unet import VideoUNet
+from animatelcm.request import Compile
 from animatelcm.schedule import NoiseSchedule
+from animatelcm.tokenizer import Tokenizer
 from animatelcm.weights.files import State
 from animatelcm.weights.lora import Lora
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
-
+    from diffusers import AutoencoderTiny
 
 CORE = ("unet", "vae", "text_encoder")
 """The networks that every video needs."""
@@ -53,9 +57,9 @@ class VideoModel:
     """One latent video diffusion model: networks, tokenizer, noise schedule, facts."""
 
     unet: VideoUNet
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    vae: Autoencoder
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
     schedule: NoiseSchedule
     facts: Facts
     image_lora: Lora = field(default_factory=dict)
@@ -70,6 +74,15 @@ class VideoModel:
     """The image acceleration that is fused, and its scale."""
     kept: State = field(default_factory=dict)
     """The base's values of tensors that ``fusion.fuse`` changed, on the CPU, by ``<part>.<name>``."""
+    decoder: AutoencoderTiny | None = None
+    """What draws latents in place of ``vae``; it is not saved with the model."""
+    compile: Compile = "auto"
+    """How the UNet is called for inference; "full" takes minutes at the first call of a shape."""
+    runs_on: torch.device | None = None
+    """Where networks are brought for their work, if they take turns there (``memory.take_turns``)."""
+
+    _graphs: Graphs = field(default_factory=Graphs, init=False, repr=False, compare=False)
+    _compiled: dict[int, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -79,14 +92,30 @@ class VideoModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        """Where networks work, and expect what they are given."""
+        return self.runs_on or next(self.unet.parameters()).device
 
     def to(self, device: torch.device | str) -> VideoModel:
         """Move every network, in place; convolutions keep channels last."""
         for network in self.networks.values():
             network.to(device=device, memory_format=torch.channels_last)
+        if self.device.type == "cuda":
+            self.unet.join_projections()
+        if self.decoder is not None:
+            self.decoder.to(device=device, memory_format=torch.channels_last)
         self.teacher_motion = {name: value.to(device) for name, value in self.teacher_motion.items()}
         return self
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor, **options: Any) -> Tensor:  # noqa: ANN401 - the UNet's own
+        """What ``unet`` says of noisy latents, called as ``compile`` has it; its arguments, for inference alone."""
+        network = self.unet
+        if self.compile == "full":
+            if id(network) not in self._compiled:
+                self._compiled = {id(network): torch.compile(network)}
+            network = self._compiled[id(network)]
+        if self.compile == "none" or self.runs_on is not None or x.device.type != "cuda":
+            return network(x, t, text, **options)
+        return self._graphs(network, x, t, text, **options)
 
     def modules(self) -> list[str]:
         """Paths of the modules that have a weight, as LoRA files address them: ``unet.down_blocks.0...``."""
@@ -98,10 +127,10 @@ class VideoModel:
         ]
 
     def fingerprint(self, part: str) -> str:
-        """A hash of one network's weights."""
+        """A hash of one network's weights, the same for both ways to name a text encoder's."""
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.networks[part].state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+            digest.update(name.removeprefix("text_model.").encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -111,13 +140,11 @@ class VideoModel:
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Text (B strings) -> int64 (B, L); longer texts are cut at L tokens."""
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        batch = self.tokenizer(list(texts), max_length=self.tokenizer.model_max_length, **options)
-        return batch.input_ids.to(self.device)
+        return self.tokenizer(texts).to(self.device)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Text (B strings) -> (B, L, D), the text encoder's last hidden state."""
-        return self.text_encoder(self.tokens(texts)).last_hidden_state
+        return self.text_encoder(self.tokens(texts))
 
     def encode(self, pixels: Tensor, chunk: int = 32) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] -> latents (B, C, F, h, w), the posterior's mean, of unit variance.
@@ -125,18 +152,28 @@ class VideoModel:
         ``chunk`` frames go through the autoencoder at a time.
         """
         flat, frames = _fold(pixels)
-        parts = [self.vae.encode(p.to(self.device, self.vae.dtype)).latent_dist.mode() for p in flat.split(chunk)]
+        parts = [self.vae.encode(p.to(self.device, self.vae.dtype)).mean for p in flat.split(chunk)]
         return _unfold(torch.cat(parts).float() * self.vae.config.scaling_factor, frames)
 
-    def decode(self, latents: Tensor, chunk: int = 16) -> np.ndarray:
-        """Latents (B, C, F, h, w) -> uint8 frames (B, F, H, W, 3), ``chunk`` frames at a time."""
+    def decode(self, latents: Tensor, chunk: int = 16, bands: int = 1) -> np.ndarray:
+        """Latents (B, C, F, h, w) -> uint8 frames (B, F, H, W, 3), ``chunk`` at a time; ``bands``: see ``draw``."""
         flat, _ = _fold(latents)
-        parts = []
-        for part in flat.split(chunk):
-            pixels = self.vae.decode((part / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-            parts.append(pixels.float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
-        frames = torch.cat(parts).permute(0, 2, 3, 1)
+        frames = torch.cat([self.draw(part, bands).cpu() for part in flat.split(chunk)])
         return frames.unflatten(0, (latents.shape[0], -1)).numpy()
+
+    def draw(self, latents: Tensor, bands: int = 1) -> Tensor:
+        """Latents (N, C, h, w) -> uint8 frames (N, H, W, 3).
+
+        In several ``bands`` it is slower, and takes that much less memory (``nets.bands``).
+        """
+        network = self.vae if self.decoder is None else self.decoder
+        scaled = (latents / network.config.scaling_factor).to(network.dtype)
+        if bands > 1:
+            pixels = decode_in_bands(network, scaled, bands)
+        else:
+            pixels = self.vae.decode(scaled) if self.decoder is None else self.decoder.decode(scaled).sample
+        pixels = pixels.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def with_motion(model: VideoModel, motion: MotionConfig) -> VideoModel:

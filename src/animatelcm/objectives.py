@@ -75,7 +75,7 @@ def illegibility(model: VideoModel, captions: Sequence[str], text: Tensor) -> Te
     could not steer by a word that the text encoder has dropped.
     """
     tokens = model.tokens(captions)
-    logits = text @ model.text_encoder.get_input_embeddings().weight.T
+    logits = text @ model.text_encoder.words.T
     wrong = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").unflatten(0, tokens.shape)
     spoken = tokens != model.tokenizer.pad_token_id
     return (wrong * spoken).sum(1) / spoken.sum(1).clamp(min=1)
@@ -170,9 +170,9 @@ def autoencoder(model: VideoModel, batch: ClipBatch, draw: Draw) -> Terms:
     """
     assert batch.pixels is not None
     pixels = batch.pixels.to(model.device).squeeze(2).contiguous(memory_format=torch.channels_last)
-    posterior = model.vae.encode(pixels).latent_dist
+    posterior = model.vae.encode(pixels)
     noise = torch.randn(posterior.mean.shape, generator=draw("noise")).to(pixels.device)
-    decoded = model.vae.decode(posterior.mean + LATENT_NOISE * noise).sample
+    decoded = model.vae.decode(posterior.mean + LATENT_NOISE * noise)
     error = decoded - pixels
     reconstruction = 4 * mse(error) + _absolute(error) + _absolute(F.avg_pool2d(error, 4)) + 0.5 * _edges(error)
     by_channel = posterior.mean.transpose(0, 1).flatten(1)

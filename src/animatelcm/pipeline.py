@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from animatelcm.assembly import load_sum
 from animatelcm.condition import Control, read, with_pixels
+from animatelcm.memory import load_for
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, SampleRequest, Video
+from animatelcm.request import ModelSource, Offload, SampleRequest, Video
 from animatelcm.sampling import sample
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Pipeline:
     """``Pipeline.from_pretrained("emoji")("a parrot", num_inference_steps=25)`` -> ``[Video]``."""
 
-    def __init__(self, model: VideoModel) -> None:
-        self.model = model
+    def __init__(self, model: VideoModel, offload: Offload = "auto") -> None:
+        self.model, self.offload = model, offload
 
     @classmethod
     def from_pretrained(
@@ -35,16 +35,18 @@ class Pipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         keep: bool = True,
+        offload: Offload = "auto",
         **options: Any,  # noqa: ANN401 - ModelSource's other fields
     ) -> Pipeline:
         """A base ("emoji", a folder, a checkpoint, a hub id), temporal layers and LoRAs, each a file or (file, scale).
 
         ``options`` are ``ModelSource``'s other fields; an unknown one is a TypeError. Without ``keep`` the LoRAs cannot
-        be taken out again, which saves the memory of what they change. Raises ValueError naming what is missing.
+        be taken out again, which saves the memory of what they change. ``offload``: whether networks wait on the CPU
+        while others work; "auto": where the device's memory is short. Raises ValueError naming what is missing.
         """
         style = tuple(f"{lora[0]}:{lora[1]!r}" if isinstance(lora, tuple) else str(lora) for lora in loras)
         described = ModelSource(model=str(source), motion=str(motion or ""), style=style, **options)
-        return cls(load_sum(described, device=device, dtype=dtype, keep=keep))
+        return cls(load_for(described, device=device, offload=offload, dtype=dtype, keep=keep), offload)
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move every network."""
@@ -80,4 +82,4 @@ class Pipeline:
             control=control if isinstance(control, Mapping) else parts,
             video=None if isinstance(video, str | Path) else video,
         )
-        return sample(self.model, asked, condition=condition)
+        return sample(self.model, asked, condition=condition, offload=self.offload)

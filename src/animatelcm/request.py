@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 Sampler = Literal["lcm", "ddim", "dpm++"]
 Spacing = Literal["leading", "trailing"]
 BetaSchedule = Literal["linear", "scaled_linear"]
+Noise = Literal["freenoise", "random"]
 Fit = Literal["crop", "pad", "stretch"]
 """How a picture comes to the video's size."""
 Target = Literal["diffusers", "animatediff", "kohya", "peft", "bundle"]
 """Formats of weights that can be written."""
+Offload = Literal["auto", "none", "model"]
+"""Where networks wait while others work: beside them, or (model) on the CPU; auto: there where memory is short."""
+
+Compile = Literal["auto", "none", "full"]
+"""How the UNet is called: as it is (none), on a GPU as CUDA graphs (auto), fused by torch.compile too (full)."""
+Precision = Literal["auto", "fp16", "bf16", "fp32"]
+"""Numbers that networks compute with; auto: fp16 on CUDA, else fp32. Latents and schedule are always fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,9 @@ class ModelSource:
     """Noise to sample under, where it is not what the files were made for."""
     solver_steps: int | None = None
     """N, the grid that an lcm sampler steps on (diffusers' original_inference_steps)."""
+    decoder: str = ""
+    """What draws frames in place of the model's autoencoder, faster and less exactly: tiny (madebyollin/taesd, for
+    Stable Diffusion 1.x), or an AutoencoderTiny's folder or hub id."""
 
     def styles(self) -> list[tuple[str, float]]:
         """(file or name, scale) of each style. Raises ValueError where a scale is no number."""
@@ -70,7 +81,8 @@ class ModelSource:
         words += ["--image-scale", _number(self.image_scale)] if self.image_scale != 1 else []
         words += ["--teacher"] if self.teacher else []
         words += ["--beta-schedule", self.beta_schedule] if self.beta_schedule else []
-        return words + (["--solver-steps", str(self.solver_steps)] if self.solver_steps else [])
+        words += ["--solver-steps", str(self.solver_steps)] if self.solver_steps else []
+        return words + (["--decoder", self.decoder] if self.decoder else [])
 
 
 def _scaled(text: str) -> tuple[str, float]:
@@ -118,7 +130,14 @@ def _number(value: float | None) -> str:
     return repr(value).removesuffix(".0")
 
 
-LIMITS = {"num_inference_steps": 1000, "num_frames": 64, "height": 4096, "width": 4096, "num_videos_per_prompt": 10_000}
+LIMITS = {
+    "num_inference_steps": 1000,
+    "num_frames": 10_000,
+    "height": 4096,
+    "width": 4096,
+    "num_videos_per_prompt": 10_000,
+    "context_length": 1024,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +172,13 @@ class SampleRequest:
     """Timesteps of ddim and dpm++: leading is Stable Diffusion's setting; trailing begins at pure noise, which is
     better below about ten steps."""
 
+    context_length: int | None = None
+    """Frames that the network sees at a time: a longer video is made in windows of so many, which overlap."""
+    context_overlap: int | None = None
+    """Frames that a window shares with the next one at least; a quarter of its length where nothing is said."""
+    noise: Noise = "freenoise"
+    """Of windows after the first: its own shuffled (freenoise), which keeps the subject, or random."""
+
     image: str = ""
     """A picture to animate: its file. The model needs an image encoder (i2v)."""
     fit: Fit = "crop"
@@ -174,8 +200,9 @@ class SampleRequest:
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {least}..{most}")
-        if self.fit not in get_args(Fit):
-            raise ValueError(f"fit={self.fit!r} is not one of {', '.join(get_args(Fit))}")
+        for name, known in (("fit", Fit), ("noise", Noise)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
         self.controls()
         for name, most in LIMITS.items():
             value = getattr(self, name)
@@ -192,14 +219,24 @@ class SampleRequest:
 
     def resolved(self, facts: Facts, cell: int = 8) -> SampleRequest:
         """The same request, every None filled in from the model's facts; sides must be multiples of ``cell`` pixels."""
-        names = [f.name for f in fields(self) if getattr(self, f.name) is None]
-        full = replace(self, **{name: getattr(facts, name) for name in names})
+        names = [f.name for f in fields(self) if getattr(self, f.name) is None and hasattr(facts, f.name)]
+        full = replace(self, **{name: getattr(facts, name) for name in names})._in_windows(facts)
         for name in ("height", "width"):
             value = getattr(full, name)
             if value % cell:
                 nearest = max(cell, round(value / cell) * cell)
                 raise ValueError(f"{name}={value} is not a multiple of {cell}; the nearest is {nearest}")
         return full
+
+    def _in_windows(self, facts: Facts) -> SampleRequest:
+        """With windows as long as the model's own clips; a model of pictures needs none. Raises ValueError where an
+        overlap is as long as its window."""
+        length = self.context_length or (facts.num_frames if facts.num_frames > 1 else self.shape[0])
+        overlap = length // 4 if self.context_overlap is None else self.context_overlap
+        if not 0 <= overlap < length:
+            said = f"windows of context_length={length} frames"
+            raise ValueError(f"context_overlap={overlap} does not fit {said}; choose 0..{length - 1}")
+        return replace(self, context_length=length, context_overlap=overlap)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -235,11 +272,16 @@ class Video:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def recipe(self, source: ModelSource, version: str) -> dict[str, str]:
-        """What is written into the file: every field of the request and of the model's source, version, the command."""
-        made = {**dataclasses.asdict(self.request), **dataclasses.asdict(source)}
-        made |= {key: " ".join(made[key]) for key in ("style", "adapter", "control")}
-        facts = {"animatelcm": version, "command": command(self.request, source)}
-        return {key: str(value) for key, value in made.items()} | facts
+        """What is written into the file (``recipe``)."""
+        return recipe(self.request, source, version)
+
+
+def recipe(request: SampleRequest, source: ModelSource, version: str) -> dict[str, str]:
+    """What files say of how they were made: every field of request and source, the version, the command."""
+    made = {**dataclasses.asdict(request), **dataclasses.asdict(source)}
+    made |= {key: " ".join(made[key]) for key in ("style", "adapter", "control")}
+    facts = {"animatelcm": version, "command": command(request, source)}
+    return {key: str(value) for key, value in made.items()} | facts
 
 
 def command(request: SampleRequest, source: ModelSource) -> str:
@@ -249,6 +291,9 @@ def command(request: SampleRequest, source: ModelSource) -> str:
     if request.negative_prompt:
         words += ["--negative", request.negative_prompt]
     words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]
+    if request.context_length is not None and request.shape[0] > request.context_length:
+        words += ["--context-length", str(request.context_length), "--context-overlap", str(request.context_overlap)]
+        words += ["--noise", request.noise] if request.noise != "freenoise" else []
     words += ["--seed", str(request.seed), "--sampler", str(request.sampler)]
     words += ["--spacing", request.spacing] if request.spacing != "leading" else []
     for text in request.control:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from animatelcm.colour import aligned
+from animatelcm import decoding, memory
 from animatelcm.condition import Condition, Steering, read, steering
 from animatelcm.consistency import consistency_function, renoise
 from animatelcm.data.batches import to_pixels
+from animatelcm.decoding import Draft
 from animatelcm.model import VideoModel
-from animatelcm.request import SampleRequest, Video
+from animatelcm.request import Offload, SampleRequest, Video
 from animatelcm.rng import generator
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.solver import ddim_step, guided
+from animatelcm.windows import freenoise, in_windows, windows
+
+if TYPE_CHECKING:
+    from diffusers import DPMSolverMultistepScheduler
 
 Eps = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, C, F, h, w) float32, t (B,) int64) -> predicted noise, guidance included."""
+
+
+WINDOW_CELLS = 16 * 64 * 64
+"""Latent cells of a window of Stable Diffusion's usual size."""
 
 
 class Preview(NamedTuple):
@@ -38,45 +49,70 @@ def sample(
     *,
     latents: Tensor | None = None,
     condition: Condition | None = None,
+    offload: Offload = "auto",
     progress: Callable[[Preview], None] = lambda preview: None,
 ) -> list[Video]:
     """Make the videos of a request; ``progress`` is shown every step.
 
     ``latents`` replaces the initial noise: (1, C, F, h, w) of variance 1. ``condition`` is what the request's files
     hold, where they are read already, or pixels of no file. Each video depends on its own seed alone, whatever
-    ``num_videos_per_prompt`` is.
+    ``num_videos_per_prompt`` is. Raises ValueError where memory suffices in no way.
     """
+    options = {"latents": latents, "condition": condition, "offload": offload, "progress": progress}
+    with closing(drafts(model, request, **options)) as made:
+        return [decoding.whole(model, draft) for draft in made]
+
+
+def drafts(
+    model: VideoModel,
+    request: SampleRequest,
+    *,
+    latents: Tensor | None = None,
+    condition: Condition | None = None,
+    offload: Offload = "auto",
+    progress: Callable[[Preview], None] = lambda preview: None,
+) -> Iterator[Draft]:
+    """As ``sample``, each video as soon as it is denoised, for ``decoding``. Until the generator is closed, networks
+    take turns on the device where ``offload`` or its memory asks for it (``memory.offloaded``)."""
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
-    steer = steering(model, request, condition)
-    return [_sample_one(model, single, latents, condition, steer, progress) for single in request.singles()]
+    with ExitStack() as stack:
+        if offload == "model" or (offload == "auto" and memory.is_short(model, request)):
+            stack.enter_context(memory.offloaded(model))
+        steer = steering(model, request, condition)
+        for single in request.singles():
+            denoise = partial(_denoised, model, single, latents, condition, steer, progress)
+            draft = memory.attempt(denoise)
+            if draft is None and offload == "auto" and memory.can_offload(model):
+                stack.enter_context(memory.offloaded(model))
+                draft = memory.attempt(denoise)
+            if draft is None:
+                short = f"{model.device} has too little memory to denoise this video"
+                raise ValueError(f"{short}; {memory.smaller(model, single)} may fit")
+            yield draft
 
 
-def _sample_one(
+def _denoised(
     model: VideoModel,
     request: SampleRequest,
     latents: Tensor | None,
     condition: Condition,
     steer: Steering,
     progress: Callable[[Preview], None],
-) -> Video:
+) -> Draft:
     began = time.perf_counter()
     for preview in sample_steps(model, request, latents=latents, condition=condition, steer=steer):
-        latents = preview.latents
         progress(preview)
-    assert latents is not None
-    denoised = time.perf_counter()
-    with torch.inference_mode():
-        frames = model.decode(latents)[0]
-    if condition.image is not None:
-        frames = aligned(frames, condition.image, request.colour_match)
-    return Video(
-        frames=frames,
-        fps=model.facts.fps,
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return Draft(
+        latents=preview.latents,
         request=request,
         model=model.facts.name,
-        evaluations=_taken(request, condition.video) * (2 if request.guidance_scale != 1 else 1),
-        seconds={"denoise": denoised - began, "decode": time.perf_counter() - denoised},
+        fps=model.facts.fps,
+        evaluations=preview.total * len(_windows(request)) * (2 if request.guidance_scale != 1 else 1),
+        seconds={"denoise": time.perf_counter() - began},
+        picture=condition.image,
     )
 
 
@@ -94,67 +130,102 @@ def sample_steps(
     """
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
-    total, walk = _taken(request, condition.video), SAMPLERS[request.sampler or "ddim"]
+    times = _timesteps(model.schedule, request, begun=condition.video is not None)
     x = initial_noise(model, request) if latents is None else latents.float()
     x = x.to(model.device)
     with torch.inference_mode():
         steer = steering(model, request, condition) if steer is None else steer
-        eps = _guided_eps(model, request, steer, total)
-        start = model.encode(to_pixels([condition.video])) if condition.video is not None else None
-        walking = walk(eps, model.schedule, x, request, start)
-    for step in range(total):
+        eps = _guided_eps(model, request, steer, times)
+        if condition.video is not None:  # SDEdit, Meng et al. 2022
+            start = model.encode(to_pixels([condition.video]))
+            x = model.schedule.add_noise(start, x, torch.full((len(x),), times[0], device=x.device))
+        walking = SAMPLERS[request.sampler or "ddim"](eps, model.schedule, x, request, times)
+    for step in range(len(times)):
         with torch.inference_mode():  # not around the yield: the mode must not leak into the caller
             x = next(walking)
-        yield Preview(step + 1, total, x)
+        yield Preview(step + 1, len(times), x)
 
 
-def _taken(request: SampleRequest, start: object | None) -> int:
-    """Steps that are walked: a sampler of many steps leaves out those before the noise of a video to begin from, as
-    diffusers' video-to-video does; one of few steps spreads all of them over the rest."""
-    steps = _steps(request)
-    return steps if start is None or request.sampler == "lcm" else max(1, int(steps * request.strength))
+def _timesteps(schedule: NoiseSchedule, request: SampleRequest, *, begun: bool) -> list[int]:
+    """The timesteps that are walked, the noisiest first.
+
+    Where it is ``begun`` from a video, a sampler of many steps leaves out those before its noise, as diffusers'
+    video-to-video does; one of few steps spreads all of them over the rest.
+    """
+    steps = request.num_inference_steps
+    assert steps is not None
+    if request.sampler == "lcm":
+        return schedule.lcm_timesteps(steps, request.strength if begun else 1.0).tolist()
+    if request.sampler == "dpm++":
+        times = _dpm_scheduler(schedule, request).timesteps.tolist()
+    else:
+        times = schedule.ddim_timesteps(steps, request.spacing).tolist()
+    return times[-max(1, int(steps * request.strength)) :] if begun else times
 
 
 def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
     """x_T of a resolved request: (1, C, F, h, w), standard normal, by the request's seed."""
     frames, height, width = request.shape
     shape = (1, model.vae.config.latent_channels, frames, height // model.downscale, width // model.downscale)
-    return torch.randn(shape, generator=generator(request.seed, 0, 0, "latents"))
+    return _noise(shape, request, 0)
 
 
-def _guided_eps(model: VideoModel, request: SampleRequest, steer: Steering, total: int) -> Eps:
+def _noise(shape: Sequence[int], request: SampleRequest, step: int) -> Tensor:
+    """What is drawn for one step of a resolved request: (B, C, F, h, w), standard normal at each frame."""
+    frames, length = shape[2], request.context_length
+    assert length is not None
+    source, alone = generator(request.seed, step, 0, "latents"), request.noise == "random" or frames <= length
+    drawn = torch.randn((*shape[:2], frames if alone else length, *shape[3:]), generator=source)
+    # One order for all steps: a frame whose noise is another's has it at every step.
+    return drawn if alone else drawn[:, :, freenoise(frames, length, generator(request.seed, 0, 0, "frames"))]
+
+
+def _windows(request: SampleRequest) -> list[range]:
+    assert request.context_length is not None
+    assert request.context_overlap is not None
+    return windows(request.shape[0], request.context_length, request.context_overlap)
+
+
+def _batch(x: Tensor, length: int) -> int:
+    """Windows that are evaluated at a time: on GPUs, as many as are no larger than one of 16 frames of 512x512."""
+    return 1 if x.device.type == "cpu" else max(1, WINDOW_CELLS // (length * x.shape[3] * x.shape[4]))
+
+
+def _guided_eps(model: VideoModel, request: SampleRequest, steer: Steering, times: list[int]) -> Eps:
     """The network with its text and what steers it, guided where asked: both halves in one batch, [without text, with
-    text]."""
-    scale = request.guidance_scale
+    text]. It is to be asked once for each of ``times``, in their order."""
+    scale, total = request.guidance_scale, len(times)
     assert scale is not None
-    motion, steps = request.shape[0] > 1, count()
+    motion, steps, spans = request.shape[0] > 1, count(), _windows(request)
+    text = model.embed([request.prompt] if scale == 1 else [request.negative_prompt, request.prompt])
+    remembered = model.unet.remember(torch.tensor(times, device=model.device), text)
 
-    def steered(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        step = next(steps)
-        hints = steer(x, t, text, step / total, (step + 1) / total)
-        return model.unet(x, t, **hints.arguments(text), motion=motion).float()
-
-    if scale == 1:
-        text = model.embed([request.prompt])
-        return lambda x, t: steered(x, t, text)
-    both = model.embed([request.negative_prompt, request.prompt])
+    def steered(x: Tensor, t: Tensor, step: int, spans: Sequence[range]) -> Tensor:
+        words = text if len(x) == len(text) else text.repeat_interleave(len(x) // len(text), 0)
+        options = steer(x, t, words, step / total, (step + 1) / total, spans).arguments(words)
+        if options["text"] is words:  # an adapter may have put more into it
+            options["remembered"] = remembered[step]
+        return model.predict(x, t, **options, motion=motion).float()
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = steered(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return guided(cond, uncond, scale)
+        step = next(steps)
+
+        def predict(part: Tensor, spans: Sequence[range]) -> Tensor:
+            if scale == 1:
+                return steered(part, t.expand(len(part)), step, spans)
+            uncond, cond = steered(torch.cat([part, part]), t.expand(2 * len(part)), step, spans).chunk(2)
+            return guided(cond, uncond, scale)
+
+        return in_windows(predict, x, spans, _batch(x, len(spans[0])))
 
     return eps
 
 
-Walk = Callable[[Eps, NoiseSchedule, Tensor, SampleRequest, Tensor | None], Iterator[Tensor]]
-"""(eps, schedule, noise, resolved request, clean latents to begin from or None) -> the latents after each step."""
+Walk = Callable[[Eps, NoiseSchedule, Tensor, SampleRequest, list[int]], Iterator[Tensor]]
+"""(eps, schedule, latents at the first of the timesteps, resolved request, timesteps) -> latents after each step."""
 
 
-def _ddim(
-    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, start: Tensor | None
-) -> Iterator[Tensor]:
-    times = schedule.ddim_timesteps(_steps(request), request.spacing).tolist()[-_taken(request, start) :]
-    x = _begun(x, start, times[0], schedule)
+def _ddim(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, times: list[int]) -> Iterator[Tensor]:
     for t, s in zip(times, [*times[1:], 0], strict=True):
         t_b, s_b = x.new_full((len(x),), t, dtype=torch.long), x.new_full((len(x),), s, dtype=torch.long)
         x = ddim_step(x, eps(x, t_b), schedule.level(t_b), schedule.level(s_b))
@@ -162,47 +233,35 @@ def _ddim(
 
 
 def _consistency(
-    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, start: Tensor | None
+    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, times: list[int]
 ) -> Iterator[Tensor]:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1): jump to x_0, noise again, jump again."""
-    times = schedule.lcm_timesteps(_steps(request), 1.0 if start is None else request.strength).tolist()
-    x = _begun(x, start, times[0], schedule)
     for step, t in enumerate(times):
         t_b = x.new_full((len(x),), t, dtype=torch.long)
         x_0 = consistency_function(x, eps(x, t_b), t_b, schedule)
         if step + 1 < len(times):
-            noise = torch.randn(x.shape, generator=generator(request.seed, step + 1, 0, "latents")).to(x.device)
+            noise = _noise(x.shape, request, step + 1).to(x.device)
             x = renoise(x_0, noise, x.new_full((len(x),), times[step + 1], dtype=torch.long), schedule)
         yield x_0
 
 
-def _dpm(
-    eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, start: Tensor | None
-) -> Iterator[Tensor]:
+def _dpm(eps: Eps, schedule: NoiseSchedule, x: Tensor, request: SampleRequest, times: list[int]) -> Iterator[Tensor]:
     """DPM-Solver++ 2M, diffusers' scheduler."""
+    scheduler = _dpm_scheduler(schedule, request)
+    scheduler.set_begin_index(len(scheduler.timesteps) - len(times))
+    for t in times:
+        t_b = x.new_full((len(x),), t, dtype=torch.long)
+        x = scheduler.step(eps(x, t_b), t, x).prev_sample
+        yield x
+
+
+def _dpm_scheduler(schedule: NoiseSchedule, request: SampleRequest) -> DPMSolverMultistepScheduler:
     from diffusers import DPMSolverMultistepScheduler
 
     config = {**schedule.to_diffusers(), "timestep_spacing": request.spacing}
     scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
-    scheduler.set_timesteps(_steps(request), device=x.device)
-    first = len(scheduler.timesteps) - _taken(request, start)
-    scheduler.set_begin_index(first)
-    x = _begun(x, start, int(scheduler.timesteps[first]), schedule)
-    for t in scheduler.timesteps[first:]:
-        x = scheduler.step(eps(x, t.expand(len(x))), t, x).prev_sample
-        yield x
-
-
-def _begun(noise: Tensor, start: Tensor | None, t: int, schedule: NoiseSchedule) -> Tensor:
-    """Where a walk begins: noise, or a video under the noise of its first timestep (SDEdit, Meng et al. 2022)."""
-    if start is None:
-        return noise
-    return schedule.add_noise(start, noise, noise.new_full((len(noise),), t, dtype=torch.long))
-
-
-def _steps(request: SampleRequest) -> int:
-    assert request.num_inference_steps is not None
-    return request.num_inference_steps
+    scheduler.set_timesteps(request.num_inference_steps)
+    return scheduler
 
 
 def best_device() -> str:

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -55,9 +56,12 @@ Decoded = tuple[list[np.ndarray], Fraction, dict[str, str]]
 """The frames of a window; frame rate and metadata of the whole file."""
 
 
-def write_mp4(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
-    """H.264 in yuv420p, BT.709, index first (faststart): what browsers play as it loads."""
-    height, width = frames.shape[1:3]
+def write_mp4(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
+    """H.264 in yuv420p, BT.709, index first (faststart): what browsers play as it loads. Each frame is encoded as it
+    comes."""
+    frames = chain.from_iterable(chunks)
+    first = next(frames)
+    height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"mp4 needs an even width and height, got {width}x{height}; crop, or write .webp or .gif")
     # Said, because swscale puts chroma samples there, and decoders otherwise take them to be on the left.
@@ -69,7 +73,7 @@ def write_mp4(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG
-        for index, array in enumerate(frames):
+        for index, array in enumerate(chain([first], frames)):
             frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,

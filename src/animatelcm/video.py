@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,16 +72,19 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 
 def write(
-    frames: np.ndarray,
+    frames: np.ndarray | Iterator[np.ndarray],
     path: str | Path,
     *,
     fps: float | Fraction,
+    num_frames: int | None = None,
     quality: int | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write frames as .mp4 (H.264), .gif, .webp or, at a path without suffix, png sequence; returns the path.
 
+    Chunks (n, H, W, 3) of ``num_frames`` in all may come in place of an array: mp4 and png sequences write each as it
+    comes and hold no other, gif and webp gather them.
     ``quality`` is 0..100, higher is better, for the lossy formats: mp4 has crf = 51 - 0.43 * quality, webp
     its own scale, 100 being lossless. A gif of <= 256 colours a frame and png are exact.
     """
@@ -90,11 +94,38 @@ def write(
         raise ValueError(f"fps={fps}, but {kind or 'a png sequence'} takes 0 < fps <= {_MAX_FPS[kind]}")
     if quality is not None and (kind in ("", ".gif") or not 0 <= quality <= 100):
         raise ValueError(f"quality={quality}: .mp4 and .webp take 0..100, .gif and png sequences take none")
-    note = Note.checked(metadata, rate, len(frames))
-    frames = np.ascontiguousarray(checked_pixels(frames, 4))
+    chunks, count = _in_chunks(frames, num_frames)
+    note = Note.checked(metadata, rate, count)
     with replacing(path) as partial:
-        _WRITERS[kind](frames, partial, note, DEFAULT_QUALITY if quality is None else quality)
+        _WRITERS[kind](chunks, partial, note, DEFAULT_QUALITY if quality is None else quality)
     return path
+
+
+def _in_chunks(frames: np.ndarray | Iterator[np.ndarray], count: int | None) -> tuple[Iterator[np.ndarray], int]:
+    """Checked chunks, and how many frames they are in all; an array is one chunk."""
+    if isinstance(frames, Iterator):
+        if not count:
+            raise ValueError("frames that come in chunks need num_frames, how many they are in all; give it")
+        return _checked(frames, count), count
+    array = checked_pixels(frames, 4)
+    if count not in (None, len(array)):
+        raise ValueError(f"num_frames={count}, but the array holds {len(array)} frames; leave num_frames out")
+    return iter([np.ascontiguousarray(array)]), len(array)
+
+
+def _checked(chunks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The chunks, of one size and of ``count`` frames in all. Raises ValueError where they are not."""
+    seen, size = 0, None
+    for chunk in chunks:
+        size = size or checked_pixels(chunk, 4).shape[1:]
+        if checked_pixels(chunk, 4).shape[1:] != size:
+            raise ValueError(f"frames {chunk.shape[1:]} come after frames {size}; a video has one size")
+        seen += len(chunk)
+        if seen > count:
+            break
+        yield np.ascontiguousarray(chunk)
+    if seen != count:
+        raise ValueError(f"num_frames={count}, but {seen}{'' if seen < count else ' or more'} frames came; correct it")
 
 
 def read(path: str | Path, *, num_frames: int | None = None, stride: float | Fraction = 1, start: int = 0) -> Footage:
@@ -145,12 +176,20 @@ def _kind(path: Path) -> str:
 # Animations: gif and webp
 
 
-def _write_gif(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
-    save(frames, path, "GIF", note, duration=note.delays(10))
+def _write_gif(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
+    save(np.concatenate(list(chunks)), path, "GIF", note, duration=note.delays(10))
 
 
-def _write_webp(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
-    save(frames, path, "WEBP", note, duration=note.delays(1), quality=quality, lossless=quality == 100)
+def _write_webp(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
+    save(
+        np.concatenate(list(chunks)),
+        path,
+        "WEBP",
+        note,
+        duration=note.delays(1),
+        quality=quality,
+        lossless=quality == 100,
+    )
 
 
 def _probe_animation(path: Path) -> Header:
@@ -184,9 +223,9 @@ def _read_animation(path: Path, window: Window) -> Decoded:
 # Sequences: a folder of 00000.png, 00001.png, ... and metadata.json
 
 
-def _write_sequence(frames: np.ndarray, path: Path, note: Note, quality: int) -> None:
+def _write_sequence(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
     path.mkdir()
-    for index, frame in enumerate(frames):
+    for index, frame in enumerate(chain.from_iterable(chunks)):
         save(frame[None], path / f"{index:05}.png", "PNG", Note(note.metadata))
     (path / "metadata.json").write_text(note.to_json() + "\n", encoding="utf-8")
 

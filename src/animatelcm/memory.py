@@ -1,0 +1,194 @@
+"""What a device's memory holds: networks that take turns on it, estimates of what is needed, what fits in its place."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from animatelcm.assembly import load_sum
+from animatelcm.model import VideoModel
+from animatelcm.request import ModelSource, Offload, Precision, SampleRequest
+
+LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+UNET_SHARE = 27
+"""Numbers that the UNet holds at its peak, for each of its first layer's channels in each latent cell of each frame:
+counted of Stable Diffusion 1.5's with AnimateDiff's temporal layers, every attention in one operation."""
+DECODER_SHARE = 8
+"""The same of its autoencoder's decoder, for each channel of the last level in each pixel: 7.5 were counted."""
+
+
+def load_for(
+    source: ModelSource,
+    *,
+    device: str | torch.device,
+    offload: Offload = "auto",
+    **options: Any,  # noqa: ANN401 - load_sum's other options
+) -> VideoModel:
+    """``assembly.load_sum`` onto a device; with ``offload`` "model", or where its memory does not hold the model, onto
+    the CPU, from where networks come to it in turn. Raises ValueError where it does not, and none may wait."""
+    if not has_own_memory(device):
+        return load_sum(source, device=device, **options)
+    model = None if offload == "model" else attempt(lambda: load_sum(source, device=device, **options))
+    if model is None and offload == "none":
+        raise ValueError(f"{device} has too little memory for the model; choose --offload model, or --device cpu")
+    if model is None:
+        model = load_sum(source, device="cpu", **options)
+        take_turns(model, torch.device(device))
+    return model
+
+
+def best_dtype(precision: Precision, device: str | torch.device) -> torch.dtype:
+    """What networks compute with on a device; "auto": float16 on CUDA, float32 elsewhere, where half is slower."""
+    if precision == "auto":
+        precision = "fp16" if torch.device(device).type == "cuda" else "fp32"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def take_turns(model: VideoModel, device: torch.device) -> Callable[[], None]:
+    """From now on networks wait on the CPU, and come to the device when they are asked: text encoder, autoencoder, or
+    UNet and adapters. What comes back ends it, and leaves every network where it is then."""
+    decoders = [] if model.decoder is None else [model.decoder]
+    groups = ([model.text_encoder], [model.vae, *decoders], [model.unet, *model.adapters.values()])
+    here: list[list[nn.Module]] = []
+
+    def bring(group: list[nn.Module]) -> None:
+        if here and here[0] is group:
+            return
+        leave()
+        try:
+            _move(group, device)
+        except BaseException:
+            _move(group, "cpu")
+            raise
+        here.append(group)
+
+    def leave() -> None:
+        while here:
+            _move(here.pop(), "cpu")
+
+    for group in groups:
+        _move(group, "cpu")
+    # Its parts too: an autoencoder's ``decode`` and a UNet's ``remember`` ask them, not the whole.
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, group=group: bring(group))
+        for group in groups
+        for network in group
+        for module in network.modules()
+    ]
+    model.runs_on = device
+
+    def stop() -> None:
+        for hook in hooks:
+            hook.remove()
+        model.runs_on = None
+
+    return stop
+
+
+@contextmanager
+def offloaded(model: VideoModel) -> Iterator[None]:
+    """Networks take turns meanwhile, and are all back on their device afterwards, whatever happens. Nothing changes on
+    devices that share the CPU's memory, and where they take turns already."""
+    if not can_offload(model):
+        yield
+        return
+    device = model.device
+    stop = take_turns(model, device)
+    try:
+        yield
+    finally:
+        stop()
+        for network in _networks(model):
+            _move([network], device)
+
+
+def can_offload(model: VideoModel) -> bool:
+    """Whether waiting networks would leave more memory to the one that works."""
+    return model.runs_on is None and has_own_memory(model.device)
+
+
+def has_own_memory(device: str | torch.device) -> bool:
+    """Whether a device's memory is another than the CPU's."""
+    return torch.device(device).type == "cuda"
+
+
+def _networks(model: VideoModel) -> list[nn.Module]:
+    return [*model.networks.values(), *([] if model.decoder is None else [model.decoder])]
+
+
+def _move(networks: list[nn.Module], device: str | torch.device) -> None:
+    """In place. Weights that were moved in inference mode could never be trained again."""
+    with torch.inference_mode(False), torch.no_grad():
+        for network in networks:
+            network.to(device)
+    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+
+def attempt(call: Callable[[], _T]) -> _T | None:
+    """What a call returns; None where memory did not suffice for it, and what it had begun is freed."""
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not _of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # out here, since the error held on to all that its call had made
+    return None
+
+
+def _of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; of other devices only the words tell."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
+
+
+# What is needed
+
+
+def is_short(model: VideoModel, request: SampleRequest) -> bool:
+    """Whether a device's free memory is less than the ``needed`` of a resolved request."""
+    return can_offload(model) and free_memory(model.device) < needed(model, request)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of CUDA's that no one uses, those kept for reuse by this process included."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def needed(model: VideoModel, request: SampleRequest) -> int:
+    """Bytes beside the weights, by estimate: the UNet's for the frames that it sees at a time, guided ones twice, or
+    the decoder's for one frame, whichever is more. Both peak in their widest layers, as channels times places."""
+    _, height, width = request.shape
+    copies = 1 if request.guidance_scale == 1 else 2
+    cells = _frames_seen(request) * (height // model.downscale) * (width // model.downscale)
+    unet = UNET_SHARE * copies * cells * model.unet.config.block_out_channels[0] * model.unet.dtype.itemsize
+    decoder = DECODER_SHARE * height * width * model.vae.config.block_out_channels[0] * model.vae.dtype.itemsize
+    return max(unet, decoder)
+
+
+def _frames_seen(request: SampleRequest) -> int:
+    """By the UNet at a time: a video's, or a window's. (Small windows may be seen together, where that is little.)"""
+    return min(request.shape[0], request.context_length or request.shape[0])
+
+
+def smaller(model: VideoModel, request: SampleRequest) -> str:
+    """What to ask for in place of a resolved request that did not fit while it was denoised, in words with numbers:
+    what would, by estimate, or half of it where free memory is not known."""
+    frames, height, width = request.shape
+    seen, cell = _frames_seen(request), model.downscale
+    known = has_own_memory(model.device)
+    share = min(0.8, free_memory(model.device) / needed(model, request)) if known else 0.5
+    sides = [max(cell, int(side * math.sqrt(share)) // cell * cell) for side in (width, height)]
+    size = f"a size of {sides[0]}x{sides[1]}"
+    if seen == 1:
+        return size
+    fewer = max(1, int(seen * share))
+    return f"{f'context_length={fewer}' if seen < frames else f'num_frames={fewer}'}, or {size},"

@@ -1,0 +1,164 @@
+"""Networks that take turns make the same videos; what is asked for in place of what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from animatelcm import memory
+from animatelcm.condition import Condition, Control
+from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.sampling import sample
+from test_condition import beside, clip
+
+REQUEST = SampleRequest(prompt="a parrot", num_frames=2, num_inference_steps=2, guidance_scale=1.0)
+
+
+@pytest.fixture
+def model(fresh_model):
+    return replace(fresh_model)
+
+
+@pytest.fixture
+def moves(model, monkeypatch):
+    """The CPU stands in for a device of its own, "cpu:0"; moves of whole networks as (name, whether to the device)."""
+    there, made = torch.device("cpu", 0), []
+    names = {network: name for name, network in model.networks.items()}
+    to = nn.Module.to
+
+    def recorded(self: nn.Module, *args, **options) -> nn.Module:
+        if self in names:
+            made.append((names[self], args[0] == there))
+        return to(self, *args, **options)
+
+    monkeypatch.setattr(nn.Module, "to", recorded)
+    monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
+    monkeypatch.setattr(type(model), "device", property(lambda self: self.runs_on or there))
+    return made
+
+
+def test_networks_take_turns_and_are_back_at_the_end(model, moves):
+    plain = sample(model, REQUEST, offload="none")[0]
+    assert not moves
+    made = sample(model, REQUEST, offload="model")[0]
+    away, turns, back = moves[:3], moves[3:-3], moves[-3:]
+    assert sorted(away) == [("text_encoder", False), ("unet", False), ("vae", False)]
+    assert turns == [
+        *[("text_encoder", True), ("text_encoder", False)],
+        *[("unet", True), ("unet", False)],
+        ("vae", True),
+    ]
+    assert sorted(back) == [("text_encoder", True), ("unet", True), ("vae", True)]
+    assert (made.frames == plain.frames).all()
+    assert model.runs_on is None
+    moves.clear()
+    assert (sample(model, REQUEST, offload="none")[0].frames == plain.frames).all()
+    assert not moves  # no hook is left
+
+
+def test_everything_is_back_after_a_failure_too(model, moves):
+    def stop(_) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, REQUEST, offload="model", progress=stop)
+    assert sorted(moves[-3:]) == [("text_encoder", True), ("unet", True), ("vae", True)]
+    assert model.runs_on is None
+    moves.clear()
+    sample(model, REQUEST, offload="none")
+    assert not moves
+
+
+def test_at_no_time_are_two_on_the_device(model, moves):
+    list(sample(model, replace(REQUEST, num_videos_per_prompt=2), offload="model"))
+    here: set[str] = set()
+    for name, arrives in moves[3:-3]:
+        (here.add if arrives else here.discard)(name)
+        assert len(here) <= 1
+
+
+def test_adapters_and_pictures_take_their_turn(fresh_model, monkeypatch):
+    monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
+    model = beside(fresh_model)
+    condition = Condition(image=clip(2)[0], controls=(Control("pose", clip(2)), Control("edge", clip(2))))
+    plain = sample(model, REQUEST, condition=condition, offload="none")[0]
+    assert (sample(model, REQUEST, condition=condition, offload="model")[0].frames == plain.frames).all()
+
+
+def test_weights_that_were_moved_can_still_be_trained(model, moves):
+    sample(model, REQUEST, offload="model")
+    assert not any(p.is_inference() for network in model.networks.values() for p in network.parameters())
+
+
+@pytest.mark.parametrize(("free", "away"), [(10**15, False), (0, True)])
+def test_auto_offloads_where_memory_is_short(model, moves, monkeypatch, free, away):
+    monkeypatch.setattr(memory, "free_memory", lambda _: free)
+    sample(model, REQUEST)
+    assert bool(moves) == away
+
+
+def test_a_device_that_shares_the_cpus_memory_is_left_alone(model):
+    with memory.offloaded(model):
+        assert model.runs_on is None
+    assert not memory.is_short(model, REQUEST)
+
+
+def _full(*_, **__) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_an_unet_without_memory_is_tried_again_alone_then_refused_with_numbers(model, moves, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda _: 10**15)
+    plain = sample(model, REQUEST)[0]
+    forward = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda *a, **k: forward(*a, **k) if model.runs_on else _full())
+    assert (sample(model, REQUEST)[0].frames == plain.frames).all()
+    with pytest.raises(ValueError, match=r"too little memory to denoise this video; num_frames=1, or a size of"):
+        sample(model, REQUEST, offload="none")
+    monkeypatch.setattr(model.unet, "forward", _full)
+    with pytest.raises(ValueError, match=r"or a size of 56x56, may fit$"):
+        sample(model, REQUEST)
+    assert model.runs_on is None
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def fail() -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="multiplied"):
+        memory.attempt(fail)
+    assert memory.attempt(_full) is None
+    assert memory.attempt(lambda: 3) == 3
+
+
+def test_a_model_that_does_not_fit_waits_on_the_cpu(moves, model, monkeypatch):
+    there, asked = torch.device("cpu", 0), []
+
+    def load_sum(source, *, device, **options):
+        asked.append(str(device))
+        return _full() if device == there else replace(model)
+
+    monkeypatch.setattr(memory, "load_sum", load_sum)
+    assert memory.load_for(ModelSource(), device=there, offload="auto").runs_on == there
+    assert asked == ["cpu:0", "cpu"]
+    assert memory.load_for(ModelSource(), device=there, offload="model").runs_on == there
+    assert asked[2:] == ["cpu"]
+    with pytest.raises(ValueError, match="cpu:0 has too little memory for the model; choose --offload model"):
+        memory.load_for(ModelSource(), device=there, offload="none")
+
+
+def test_what_is_needed_grows_with_frames_places_and_guidance(model):
+    def need(**fields) -> int:
+        known = {"width": 512, "height": 512, "num_frames": 16}
+        return memory.needed(model, replace(REQUEST, **known | fields))
+
+    assert need(num_frames=32) == 2 * need()
+    assert need(guidance_scale=7.5) == 2 * need()
+    assert need(width=256) == need() // 2
+    assert need(num_frames=1000, context_length=16) == need()
+    assert memory.smaller(model, replace(REQUEST, width=64, height=64)) == "num_frames=1, or a size of 40x40,"
+    long = replace(REQUEST, width=64, height=64, num_frames=100, context_length=16)
+    assert memory.smaller(model, long) == "context_length=8, or a size of 40x40,"
