@@ -30,6 +30,14 @@ def test_the_command_prints_one_object_that_begins_with_the_ratio(capsys):
     assert {"torch", "diffusers", "cpu", "commit", "date"} <= shown["machine"].keys()
 
 
+def test_several_clips_are_as_many_for_both(model):
+    case = Case(steps=1, frames=2, size=32, batch=2)
+    pipe = inference.peers.pipeline(model)
+    ours, theirs = inference.denoised(model, case), inference.their_latents(pipe, model, case)
+    assert sum(len(part) for part in ours) == len(theirs) == 2
+    assert all(part.shape[1:] == theirs.shape[1:] for part in ours)
+
+
 def test_ratios_are_of_the_medians(report):
     for phase in ("denoise", "decode", "prompt_to_file"):
         seconds = report["seconds"][phase]

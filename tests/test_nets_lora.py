@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.func import functional_call
 
 from animatelcm.config import LCM_TARGETS
 from animatelcm.nets import lora, sd15
+from animatelcm.nets.layers import Linear, PointwiseConv
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.weights.fuse import fused
@@ -176,3 +178,52 @@ def test_what_cannot_be_attached_is_a_sentence_and_changes_nothing(unet, wrong):
         lora.attach(unet, {} if wrong == "nothing" else part)
     assert [id(module) for module in unet.modules()] == modules
     assert isinstance(unet.conv_in, nn.Conv2d)
+
+
+class Layers(nn.Module):
+    """One of each kind that LoRAs stand at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point, self.linear = nn.Conv2d(3, 5, 3, 2, 1), PointwiseConv(5, 4, 1), Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.point(self.wide(x)).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("graded", [True, False])
+def test_frozen_factors_are_added_to_the_weight_for_the_call(scale, graded, monkeypatch):
+    """The same result and the same gradient of the input as PEFT's layers."""
+    network = Layers()
+    lora.inject(network, rank=2, alpha=3.0, targets=("wide", "point", "linear"))
+    for _, b, _ in lora.factors(network).values():
+        nn.init.normal_(b)
+    results = []
+    for peft in (True, False):
+        for _, layer in lora.layers(network):
+            own = partial(type(layer).forward, layer) if peft else partial(lora._forward, layer)
+            monkeypatch.setattr(layer, "forward", own)
+        x = noise(2, 3, 6, 8).requires_grad_(graded)
+        with torch.set_grad_enabled(graded):
+            y = functional_call(network, lora.scaled(network, scale), (x,))
+        results.append((y, torch.autograd.grad(y.square().sum(), x)[0] if graded else y))
+    (theirs, their_gradient), (ours, gradient) = results
+    assert close(ours, theirs, 1e-6)
+    assert close(gradient, their_gradient, 1e-5)
+
+
+def test_frozen_factors_cost_no_product_with_what_comes_in(unet):
+    lora.inject(unet, rank=2, alpha=2.0, targets=LCM_TARGETS)
+    asked = []
+    for _, layer in lora.layers(unet):
+        layer.lora_A[lora.ADAPTER].register_forward_hook(lambda *_: asked.append(1))
+    unet(*INPUTS)
+    assert not asked
+    for a, b, _ in lora.factors(unet).values():
+        a.requires_grad_(), b.requires_grad_()
+    with torch.no_grad():
+        unet(*INPUTS)
+    assert not asked
+    unet(*INPUTS)
+    assert len(asked) == len(lora.factors(unet))

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from animatelcm.nets import motion
+from animatelcm.nets import fused
 from animatelcm.nets.motion import MotionConfig, MotionModule, TemporalAttention, sinusoid
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 
@@ -122,7 +122,7 @@ def test_attention_in_chunks_is_attention_at_once(monkeypatch) -> None:
     attention, x = TemporalAttention(12, 3), noise(2, 4, 5, 12)
     whole = attention(x)
     for rows in (1, 7, 29):
-        monkeypatch.setattr(motion, "MAX_ROWS", rows)
+        monkeypatch.setattr(fused, "MAX_ROWS", rows)
         torch.testing.assert_close(attention(x), whole, atol=1e-6, rtol=0)
 
 
@@ -134,7 +134,7 @@ def test_attention_calls_stay_below_65536_rows(monkeypatch) -> None:
         rows.append(q.shape[0] * q.shape[1])
         return q
 
-    monkeypatch.setattr(motion.fused, "temporal_attention", recorded)
+    monkeypatch.setattr(fused, "attention", recorded)
     TemporalAttention(2, 2)(noise(3, 1, 20_000, 2))
     assert sum(rows) == 3 * 20_000 * 2
     assert max(rows) < 65_536
@@ -153,7 +153,8 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", ["joint", "per_frame"])
 @torch.no_grad()
-def test_memory_is_not_rearranged(norm) -> None:
+def test_memory_is_not_rearranged(norm, monkeypatch) -> None:
+    monkeypatch.setattr(fused, "SMALL_SCORES", 0)  # spelled out, a CPU writes the result twice
     module, x = acting(16, norm=norm), images(2 * 5, 16, 4, 6)
     with Copies() as copies:
         y = module(x, 5)

@@ -146,13 +146,12 @@ def their_latents(pipe: AnimateDiffPipeline, model: VideoModel, case: Case) -> t
 def _their_arguments(model: VideoModel, case: Case) -> dict[str, Any]:
     noise = torch.cat([initial_noise(model, single) for single in case.request(model).singles()])
     return {
-        "prompt": PROMPT,
+        "prompt": [PROMPT] * case.batch,  # it ignores num_videos_per_prompt
         "num_frames": case.frames,
         "height": case.size,
         "width": case.size,
         "num_inference_steps": case.steps,
         "guidance_scale": case.guidance,
-        "num_videos_per_prompt": case.batch,
         "latents": noise.to(model.device, model.unet.dtype),
         "generator": torch.Generator(model.device).manual_seed(0),
     }

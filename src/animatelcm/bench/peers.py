@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from animatelcm.model import VideoModel
 from animatelcm.nets.autoencoder import Autoencoder
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 _Network = TypeVar("_Network", bound=nn.Module)
+
+
+def _as_loaded(value: Tensor) -> Tensor:
+    """A copy in the order of files. (``contiguous`` would leave 1x1 kernels as they are, which then tell torch to take
+    images for channels-last.)"""
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def motion_unet(unet: VideoUNet) -> UNetMotionModel:
@@ -77,7 +83,7 @@ def tokenizer(ours: Tokenizer) -> CLIPTokenizer:
 
 
 def _copied(theirs: _Network, state: State) -> _Network:
-    theirs.load_state_dict({name: value.detach().clone().contiguous() for name, value in state.items()}, assign=True)
+    theirs.load_state_dict({name: _as_loaded(value) for name, value in state.items()}, assign=True)
     return theirs.eval().requires_grad_(False)
 
 

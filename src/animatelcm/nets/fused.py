@@ -14,6 +14,8 @@ from animatelcm.nets import kernels
 
 CPU_TYPES = (torch.float32, torch.bfloat16)
 """What oneDNN's operations are fast with."""
+MAX_ROWS = 65_535
+"""Sequences in one attention call of torch's: more do not fit a dimension of a CUDA launch grid."""
 SMALL_SCORES = 2**20
 """Attention weights in one call up to which a CPU is faster with them spelled out (4 MiB, what its caches hold)."""
 
@@ -100,8 +102,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for many short sequences, q, k and v (B, R, F, d)."""
-    return kernels.temporal_attention(q, k, v) if kernels.usable(q) else attention(q, k, v)
+    """The same for many short sequences, q, k and v (B, R, F, d); torch gets at most ``MAX_ROWS`` of them at a time."""
+    if kernels.usable(q) and q.shape[2] <= kernels.MAX_FRAMES and q.shape[3] <= kernels.MAX_WIDTH:
+        return kernels.temporal_attention(q, k, v)
+    rows = max(1, MAX_ROWS // q.shape[0])
+    if q.shape[1] <= rows:
+        return attention(q, k, v)
+    return torch.cat([attention(*part) for part in zip(*(x.split(rows, dim=1) for x in (q, k, v)), strict=True)], dim=1)
 
 
 def _onednn(x: Tensor) -> bool:

@@ -17,9 +17,6 @@ from animatelcm.nets.layers import Attention, FeedForward, GroupNorm, Linear
 if TYPE_CHECKING:
     from animatelcm.nets.unet import UNetConfig
 
-MAX_ROWS = 65_535
-"""Sequences in one attention call: more do not fit a dimension of a CUDA launch grid."""
-
 NORMS = ("per_frame", "joint")
 
 LIMITS = {
@@ -128,15 +125,7 @@ class TemporalAttention(Attention):
         B, frames, pixels, channels = x.shape
         shape = (B, frames, pixels * self.heads, channels // self.heads)
         q, k, v = (y.view(shape).transpose(1, 2) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        return self.to_out(_attend(q, k, v).transpose(1, 2).reshape(x.shape))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    rows = max(1, MAX_ROWS // q.shape[0])
-    if q.shape[1] <= rows:
-        return fused.temporal_attention(q, k, v)
-    chunks = zip(q.split(rows, dim=1), k.split(rows, dim=1), v.split(rows, dim=1), strict=True)
-    return torch.cat([fused.temporal_attention(*chunk) for chunk in chunks], dim=1)
+        return self.to_out(fused.temporal_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class TemporalBlock(nn.Module):
