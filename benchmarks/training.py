@@ -197,15 +197,7 @@ def ours(config: TrainConfig, model: VideoModel) -> Side:
 
     def update(number: int) -> None:
         assert number == state.step
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(config, number)
-        accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.ema.decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-        state.ema.update(state.parameters)
-        state.target.update(state.parameters)
+        training.update(config, accelerator, optimizer, state)
 
     return Side(dict(state.parameters), backward, update)
 

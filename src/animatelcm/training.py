@@ -139,18 +139,9 @@ def _run(
                 step=state.step,
                 rank=accelerator.process_index,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, state.step)
             terms = step_module(source.batches(indices), draw)
             accelerator.backward(terms.loss.mean())
-            accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            state.ema.decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-            state.ema.update(state.parameters)
-            if state.target is not None:
-                state.target.update(state.parameters)
+            update(config, accelerator, optimizer, state)
             state.seconds += time.perf_counter() - began
             if log is not None:
                 _after_step(config, model, state, terms, log)
@@ -158,6 +149,20 @@ def _run(
             checkpoint.save(state, config.folder / "checkpoints", config.to_json())
         if log is not None and isinstance(source.dataset, FolderDataset):
             log.note(source.dataset.summary())
+
+
+def update(config: TrainConfig, accelerator: Accelerator, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    """What follows a backward pass: weights go by their gradients, averages after them, and the step is counted."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.ema.decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
+    state.ema.update(state.parameters)
+    if state.target is not None:
+        state.target.update(state.parameters)
 
 
 def _any(accelerator: Accelerator, asked: bool) -> bool:
