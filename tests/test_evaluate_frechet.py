@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,38 @@ def test_features_agree_with_square_roots_of_their_covariances(n, m):
     assert frechet_distance(gaussian(x), gaussian(y)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("n", "m", "tolerance"), [(90, 120, 1e-10), (90, 12, 1e-6), (20, 30, 1e-6)])
+def test_features_agree_with_scipys_square_root(n, m, tolerance):
+    """Where a covariance has no full rank, SciPy's root of the product has lost half of its digits."""
+    x, y = cloud(n, 40, seed=1).numpy(), cloud(m, 40, seed=2).numpy() + 0.3
+    a, b = (np.cov(part, rowvar=False) for part in (x, y))
+    shared = float(np.trace(scipy.linalg.sqrtm(a @ b)).real)
+    expected = float(np.square(x.mean(axis=0) - y.mean(axis=0)).sum()) + np.trace(a) + np.trace(b) - 2 * shared
+    found = frechet_distance(*(gaussian(torch.from_numpy(part)) for part in (x, y)))
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+def test_gaussians_of_one_covariance_are_apart_by_their_means():
+    cov = gaussian(cloud(30, 6, seed=5)).cov
+    a, b = around([0.0] * 6, cov), around([1.0, -1, 2, 0, 0, 3], cov)
+    assert frechet_distance(a, b) == pytest.approx(1 + 1 + 4 + 9, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n", "within", "rank"), [(2, 20, 1), (13, 20, 12), (21, 20, 20), (90, 20, 20), (90, 7, 7), (5, 7, 4)]
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_rank_is_what_the_features_span(n, within, rank, kind):
+    assert gaussian(cloud(n, 20, seed=n, rank=within).to(kind)).rank == rank
+    assert gaussian(1e-6 * cloud(n, 20, seed=n, rank=within).to(kind)).rank == rank
+
+
+def test_repeated_features_add_no_rank():
+    x = cloud(8, 20, seed=0)
+    assert gaussian(torch.cat([x, x, x])).rank == 7
+    assert gaussian(torch.ones(9, 4)).rank == 0
+
+
 def test_the_covariance_is_the_unbiased_one_in_double_precision():
     x = (cloud(30, 6, seed=0) + 1000).float()
     np.testing.assert_allclose(gaussian(x).cov.numpy(), np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
@@ -106,7 +139,7 @@ def test_the_covariance_is_the_unbiased_one_in_double_precision():
 def test_what_is_no_number_is_refused(bad):
     x = cloud(5, 3, seed=0)
     x[2, 1] = bad
-    with pytest.raises(ValueError, match="1 of 5 features"):
+    with pytest.raises(ValueError, match="1 of 5 features are NaN or infinite, first that of clip 2"):
         gaussian(x)
 
 

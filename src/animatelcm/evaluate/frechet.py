@@ -24,6 +24,15 @@ class Gaussian(NamedTuple):
         """(D, D)."""
         return self.factor.T @ self.factor
 
+    @property
+    def rank(self) -> int:
+        """Directions that the covariance is known in: those whose deviation is above float32's rounding of the largest.
+
+        At most min(n - 1, D). Below D a distance is finite and exact all the same, yet leans on n.
+        """
+        deviations = torch.linalg.svdvals(self.factor)
+        return int((deviations > deviations.max() * torch.finfo(torch.float32).eps).sum())
+
     @classmethod
     def of_moments(cls, mean: Tensor, cov: Tensor, n: int) -> Gaussian:
         """From a mean (D,) and a covariance (D, D); its eigenvalues within rounding of zero are zero."""
@@ -40,8 +49,11 @@ def gaussian(features: Tensor) -> Gaussian:
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"a distribution needs features (N, D) of two clips at least, got {tuple(features.shape)}")
     if not features.isfinite().all():
-        bad = int((~features.isfinite().all(dim=1)).sum())
-        raise ValueError(f"{bad} of {len(features)} features are NaN or infinite; look at the clips that they are of")
+        bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{len(bad)} of {len(features)} features are NaN or infinite, first that of clip {bad[0]}, counted from "
+            "0; look at that clip"
+        )
     features = features.double()
     mean = features.mean(dim=0)
     factor = (features - mean) / math.sqrt(len(features) - 1)
@@ -53,7 +65,8 @@ def gaussian(features: Tensor) -> Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2, in squared units of the features.
 
-    With A = X^T X and B = Y^T Y the last trace is the sum of the singular values of X Y^T.
+    With A = X^T X and B = Y^T Y the last trace is the sum of the singular values of X Y^T: the roots of the same
+    symmetric eigenvalues, without the root of a rounding error where A or B has no full rank.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared; use one network")

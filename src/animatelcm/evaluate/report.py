@@ -96,18 +96,26 @@ def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
 
     Raises ValueError for several protocols where that was not said: their figures do not compare.
     """
-    protocols = list(dict.fromkeys(row.protocol for row in rows))
-    if len(protocols) > 1 and not mixed:
-        raise ValueError(
-            f"rows of {len(protocols)} protocols ({', '.join(protocols)}) do not compare; measure them alike, "
-            "or say mixed=True"
-        )
+    protocols = comparable([row.protocol for row in rows], mixed)
     steered = {name: title for name, title in STEERED.items() if any(getattr(row, name) is not None for row in rows)}
     columns = {**COLUMNS, **steered, **({"protocol": "protocol"} if mixed else {})}
     lines = [[_cell(name, getattr(row, name)) for name in columns] for row in rows]
     marks = ["---" if name in ("model", "kind", "setting", "protocol") else "---:" for name in columns]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])
     return drawn if mixed else f"{drawn}\n\nProtocol {', '.join(protocols)}."
+
+
+def comparable(protocols: Sequence[str], mixed: bool = False) -> list[str]:
+    """The different ones among hashes of protocols, in the order they first appear.
+
+    Raises ValueError for several unless ``mixed`` is said: figures of one do not compare with those of another.
+    """
+    found = list(dict.fromkeys(protocols))
+    if len(found) > 1 and not mixed:
+        raise ValueError(
+            f"rows of {len(found)} protocols ({', '.join(found)}) do not compare; measure them alike, or say mixed=True"
+        )
+    return found
 
 
 def _cell(name: str, value: str | float | None) -> str:
