@@ -28,9 +28,20 @@ ROWS = [
         "miniature",
         "roles",
     },
-    {"objectives", "sampling", "decoding", "memory", "windows", "evaluate", "inspection", "conversion", "pipeline"},
+    {
+        "objectives",
+        "sampling",
+        "decoding",
+        "memory",
+        "windows",
+        "evaluate",
+        "inspection",
+        "conversion",
+        "pipeline",
+        "batch",
+    },
     {"recipes", "checkpoint", "planning", "stages", "training", "log", "bench"},
-    {"cli", "server", "ui", "cluster", "__main__"},
+    {"cli", "verbs", "measuring", "terminal", "server", "ui", "cluster", "__main__"},
 ]
 
 

@@ -1,0 +1,122 @@
+"""The verbs that measure: how good clips are, and how fast they come."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from animatelcm.evaluate.report import Kind, Steer
+from animatelcm.request import Compile, ModelSource, Precision
+from animatelcm.terminal import bars, load, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure how good a miniature's clips are: distance to real ones, subjects, motions, seconds."""
+
+    out: Path
+    """Folder for rows/, report.json, contact sheets, and what is kept of real clips. A second run measures only what
+    is not there yet."""
+    source: Annotated[ModelSource, arg(name="")] = field(default_factory=ModelSource)
+    style_truth: str = ""
+    """The style that clips ought to have: prompts and real clips are of this sheet (twemoji, or a .webp's path)."""
+    settings: tuple[str, ...] = ()
+    """SAMPLER@STEPS[:GUIDANCE][/trailing] each, such as lcm@4 or ddim@25:4. Default: the model's own."""
+    kinds: tuple[Kind, ...] = ("clips",)
+    """clips: captions as in training, held against other real clips; images, plain: of each subject; motions, held_out:
+    subjects under each motion, pairs that no training clip shows."""
+    steer: Steer = ""
+    """What of their real clips steers the generated ones: their first frame (i2v), or maps of a kind."""
+    clips: int = 256
+    """Prompts of the kind clips, and at most as many of each other kind."""
+    real: int = 2048
+    """Real clips that those are held against."""
+    ceilings: bool = False
+    """Also judge the real clips of the prompts, and those through the model's autoencoder."""
+    sheet: bool = False
+    """Also draw 16 fixed prompts: sheet-SETTING.png."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto: the fastest here."""
+    force: bool = False
+    """Replace rows of another model or protocol."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def run(self) -> None:
+        from animatelcm.evaluate import emoji
+        from animatelcm.evaluate.judge import Protocol
+        from animatelcm.evaluate.report import file_stem, summary, table, write_json
+        from animatelcm.video import write_image
+
+        settings = [emoji.Setting.parse(text) for text in self.settings]
+        protocol = Protocol(clips=self.clips, real=self.real, style_truth=self.style_truth, steer=self.steer)
+        model = load(self.source, self.device)
+        settings = settings or [emoji.Setting.of(model.facts)]
+        with bars(quiet=self.json) as progress:
+            rows = emoji.evaluate(
+                model,
+                shlex.join(self.source.words()[1:]),
+                settings=settings,
+                protocol=protocol,
+                out=self.out,
+                kinds=self.kinds,
+                ceilings=self.ceilings,
+                force=self.force,
+                progress=progress,
+            )
+            for setting in settings if self.sheet else []:
+                sheet = emoji.contact_sheet(model, setting, progress)
+                write_image(sheet, self.out / f"sheet-{file_stem(str(setting))}.png", overwrite=True)
+        report = summary(rows, protocol.facts, emoji.versions())
+        write_json(report, self.out / "report.json")
+        say(json.dumps(report) if self.json else table(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time the embedded model, or one of Stable Diffusion 1.5's size, beside diffusers on the same weights."""
+
+    model: Literal["emoji", "sd15-random"] = "emoji"
+    """sd15-random has random weights, and needs 16 GB on a CPU."""
+    steps: int = 4
+    """Of the sampler."""
+    guidance: float = 1.0
+    """Classifier-free guidance; 1 is off."""
+    frames: int = 16
+    """Of each clip."""
+    size: int | None = None
+    """Height and width in pixels. Default: 64, or 512 for sd15-random."""
+    batch: int = 1
+    """Clips of one prompt."""
+    rounds: int = 9
+    """Times that each is run, in turn with the others."""
+    compiled: bool = False
+    """Also time diffusers' network under torch.compile (minutes)."""
+    process: bool = False
+    """Also time whole processes, from nothing to a file."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the fastest here."""
+    precision: Precision = "auto"
+    """Numbers that networks compute with, theirs too; auto: fp16 on CUDA, else fp32."""
+    compile: Compile = "auto"
+    """How our network is called, as in generate."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def run(self) -> None:
+        from animatelcm.bench import inference
+        from animatelcm.memory import best_dtype
+        from animatelcm.sampling import best_device
+
+        device = best_device() if self.device == "auto" else self.device
+        size = self.size or (64 if self.model == "emoji" else 512)
+        case = inference.Case(steps=self.steps, guidance=self.guidance, frames=self.frames, size=size, batch=self.batch)
+        model = inference.subject(self.model, device, best_dtype(self.precision, device))
+        model.compile = self.compile
+        report = inference.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
+        say(json.dumps(report) if self.json else inference.table(report))
