@@ -489,3 +489,14 @@ def test_convert_writes_the_encoder_with_its_motion_modules(steered, folder, tmp
     assert "image encoder" in capsys.readouterr().out
     missing = ["convert", folder, str(tmp_path / "x.safetensors"), "--to", "animatediff", "--part", "i2v"]
     assert "has no image encoder" in _fails(missing, capsys)
+
+
+def test_an_interrupt_is_one_word_and_its_own_status(capsys, monkeypatch):
+    def pressed(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", pressed)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["inspect", "emoji"])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "animatelcm: interrupted\n"

@@ -60,13 +60,13 @@ def test_unknown_arguments_are_errors():
 def _parsed(words):
     import tyro
 
-    from animatelcm.cli import Generate
+    from animatelcm.verbs import Generate
 
     return tyro.cli(Generate, args=words)
 
 
 def test_the_command_says_the_request_again():
-    from animatelcm.cli import _sized
+    from animatelcm.verbs import _sized
 
     request = SampleRequest(prompt="a 'parrot' $x", negative_prompt="bad; rm", seed=3, guidance_scale=1 / 0.3)
     request = request.resolved(FACTS)
@@ -176,7 +176,7 @@ def test_a_request_names_the_adapters_that_it_needs():
 @given(st.lists(NAMES.map(lambda text: f"edge={text}"), max_size=3), NAMES, NAMES, st.floats(0, 1), st.floats(0, 4))
 @settings(max_examples=10, deadline=None)
 def test_what_steers_a_video_is_said_again(control, image, video, share, motion):
-    from animatelcm.cli import _sized
+    from animatelcm.verbs import _sized
 
     steers = {"control": tuple(control), "image": image, "video": video, "motion_scale": motion, "fit": "pad"}
     request = SampleRequest(prompt="a", **steers, colour_match=share, strength=share, sampler="dpm++").resolved(FACTS)

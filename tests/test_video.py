@@ -506,3 +506,11 @@ def test_a_contact_sheet_shows_first_to_last(tmp_path):
     for rows, labels in (([plain, plain[:, 1:]], None), ([plain], ["a", "b"]), ([], None)):
         with pytest.raises(ValueError, match="contact sheet"):
             video.contact_sheet(rows, labels)
+
+
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_the_same_frames_are_the_same_bytes(width, tmp_path):
+    """Run after run: x264 chooses no B frames where its look-ahead would read what nobody wrote."""
+    frames = (smooth(16, 64, width) // 2 + noise(16, 64, width, 3) // 8).astype(np.uint8)
+    files = [video.write(frames, tmp_path / f"{i}.mp4", fps=8).read_bytes() for i in range(8)]
+    assert len(set(files)) == 1

@@ -54,13 +54,16 @@ def _plan(config: TrainConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; a user's error is one sentence on stderr and exit status 2."""
+    """Run one verb; a user's error is one sentence on stderr and exit status 2, an interrupt 130."""
     words = sys.argv[1:] if argv is None else argv
     try:
         _run(words)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"animatelcm: {error}\n")
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        sys.stderr.write("animatelcm: interrupted\n")
+        raise SystemExit(130) from None
 
 
 VERBS = {

@@ -130,7 +130,8 @@ class VideoModel:
         """A hash of one network's weights, the same for both ways to name a text encoder's."""
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.networks[part].state_dict().items()):
-            digest.update(name.removeprefix("text_model.").encode() + value.cpu().contiguous().numpy().tobytes())
+            numbers = value.cpu().reshape(-1).view(torch.uint8).numpy()
+            digest.update(name.removeprefix("text_model.").encode() + numbers.tobytes())
         return digest.hexdigest()
 
     @property

@@ -66,6 +66,8 @@ def write_mp4(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int
         raise ValueError(f"mp4 needs an even width and height, got {width}x{height}; crop, or write .webp or .gif")
     # Said, because swscale puts chroma samples there, and decoders otherwise take them to be on the left.
     options = {"crf": str(round(51 - 0.43 * quality)), "chroma_sample_location": "center"}
+    if width % 128:  # x264's look-ahead reads past such rows, and chooses other B frames from run to run
+        options["bf"] = "0"
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = note.to_json()
         stream = container.add_stream("libx264", rate=note.fps, options=options)

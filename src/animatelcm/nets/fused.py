@@ -12,6 +12,7 @@ from torch import Tensor
 
 from animatelcm.nets import kernels
 
+ONEDNN = torch.backends.mkldnn.is_available()
 CPU_TYPES = (torch.float32, torch.bfloat16)
 """What oneDNN's operations are fast with."""
 MAX_ROWS = 65_535
@@ -112,11 +113,12 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor) -> bool:
-    """oneDNN's fused operations know no gradients."""
+    """oneDNN's fused operations know no gradients, no autocast, and no compiler, which fuses by itself."""
     return (
-        x.device.type == "cpu"
+        ONEDNN
+        and x.device.type == "cpu"
         and x.dtype in CPU_TYPES
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")  # it would not convert what these are given
-        and torch.backends.mkldnn.is_available()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
     )
