@@ -121,8 +121,9 @@ class ConsistencyConfig:
     """Decay with which a frozen LoRA reaches the target; None: mu, as if the merged weights were averaged."""
     target: Literal["ema", "online"] = "ema"
     """Who makes the target: the average, or the student itself without gradient."""
-    earlier: Literal["teacher", "noise"] = "teacher"
-    """Who makes the earlier point: the teacher's guided step (eq. 8), or the clip's own noise (eq. 12: no teacher)."""
+    earlier: Literal["teacher", "noise", "guided-noise"] = "teacher"
+    """Who makes the earlier point: the teacher's guided step (eq. 8); the clip's own noise (eq. 12: no teacher); or
+    that noise with the guidance that the image model gives each frame."""
     init: Literal["ema", "direct"] = "ema"
     """How a frozen LoRA comes to an averaged target: by averaging (the paper's initialisation strategy), or at once."""
     decouple: bool = True
@@ -214,8 +215,9 @@ class TrainConfig:
             raise ValueError(
                 'lora describes what trains: give it with trainable="lora", "adapter" or without decoupling, only there'
             )
-        if self.objective == "consistency" and self.consistency.earlier == "noise" and self.trainable != "adapter":
-            raise ValueError('consistency.earlier="noise" is for trainable="adapter"; others have a teacher')
+        if self.objective == "consistency" and not self._taught and self.trainable != "adapter":
+            given = self.consistency.earlier
+            raise ValueError(f'consistency.earlier="{given}" is for trainable="adapter"; others have a teacher')
 
     @property
     def _taught(self) -> bool:

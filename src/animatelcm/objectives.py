@@ -95,7 +95,7 @@ def consistency(
     A clip is noised to t_{n+1}, n uniform, or pushed towards noise by ``timestep_shift`` > 1. The teacher, guided with
     w ~ U[w_min, w_max], leads it one solver step back (eq. 7, 8); the student's prediction of x_0 there is pulled to
     the target's from the earlier point. Without a teacher the earlier point is the same clip with less of the same
-    noise (section 4.3, eq. 12).
+    noise (section 4.3, eq. 12); a guide adds w times what the text changes in its own prediction of each frame.
     """
     x_0 = latents(model, batch)
     size, motion, seen = x_0.shape[0], x_0.shape[2] > 1, clues(batch, x_0)
@@ -109,12 +109,14 @@ def consistency(
     noise = roles.student(x_t, t, text, motion=motion, clues=seen).float()
     predicted = consistency_function(x_t, noise, t, model.schedule)
     with torch.no_grad():
-        if roles.teacher is None:
+        guiding = roles.teacher or roles.guide
+        if guiding is None:
             x_s = renoise(x_0, eps, s, model.schedule)
         else:
             w = torch.rand(size, generator=draw("guidance")) * (config.w_max - config.w_min) + config.w_min
             texts = torch.cat([model.embed([""]).expand_as(text), text])
-            solved = _guided(roles.teacher, x_t, t, texts, w.to(x_0.device), motion=motion, seen=seen)
+            both = _both(guiding, x_t, t, texts, motion=motion and guiding is roles.teacher, seen=seen)
+            solved = _guided(*both, w.to(x_0.device), sample=None if guiding is roles.teacher else eps)
             x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
         noise = roles.target(x_s, s, text, motion=motion, clues=seen).float()
         target = consistency_function(x_s, noise, s, model.schedule)
@@ -133,11 +135,16 @@ def shifted_draw(count: int, size: int, shift: float, source: torch.Generator) -
     return (count * shift * u / (1 + (shift - 1) * u)).long().clamp(max=count - 1)
 
 
-def _guided(role: Role, x: Tensor, t: Tensor, texts: Tensor, w: Tensor, *, motion: bool, seen: Clues) -> Tensor:
-    """Predicted noise guided by w (B,), both halves in one batch; texts (2 B, L, D) are [without text, with text]."""
+def _both(role: Role, x: Tensor, t: Tensor, texts: Tensor, *, motion: bool, seen: Clues) -> tuple[Tensor, Tensor]:
+    """Predicted noise without and with the text, in one batch; texts (2 B, L, D) are those halves."""
     both = role(torch.cat([x, x]), torch.cat([t, t]), texts, motion=motion, clues=seen.repeated(2)).float()
-    uncond, cond = both.chunk(2)
-    return guided_eps(cond, uncond, w=w)
+    return both.chunk(2)
+
+
+def _guided(uncond: Tensor, cond: Tensor, w: Tensor, *, sample: Tensor | None) -> Tensor:
+    """Noise guided by w (B,): the predicted one, or ``sample``, one that has it as its mean, moved as far (eq. 7)."""
+    solved = guided_eps(cond, uncond, w=w)
+    return solved if sample is None else sample + (solved - cond)
 
 
 def clues(batch: ClipBatch, x_0: Tensor) -> Clues:

@@ -85,7 +85,8 @@ def plan(config: TrainConfig) -> Plan:
     trained = {name: size for name, size in sizes.items() if _trains(config, name)}
     distils = config.objective == "consistency"
     taught = distils and config.consistency.earlier == "teacher"
-    evaluations = 4 if taught else 2 if distils else 1  # the student's, the target's, the teacher's two
+    # The student's, the target's, the teacher's two (a guide's two, which are smaller, are counted as large).
+    evaluations = 1 if not distils else 2 if config.consistency.earlier == "noise" else 4
     copies = 5 if distils else 4  # gradient, two moments, the average that is sampled, and the target
     second = taught and config.trainable != "lora"  # temporal layers beside the live ones
     teacher = sum(size for name, size in sizes.items() if second and "motion_modules" in name)

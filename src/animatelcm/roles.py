@@ -64,6 +64,8 @@ class Roles:
     student: Role
     target: Role
     teacher: Role | None
+    guide: Role | None = None
+    """Who says, frame by frame, which way the text leads: without a teacher, where guidance is asked for."""
 
 
 def consistency_roles(
@@ -102,14 +104,17 @@ def adapter_roles(
     """The views in the training of an adapter (section 4.3): the network stays, ``average`` is of what trains in the
     adapter, by its names there.
 
-    A teacher, where ``config.earlier`` asks for one, is the many-step network with the adapter as it was.
+    A teacher, where ``config.earlier`` asks for one, is the many-step network with the adapter as it was; a guide the
+    network of images alone: no LoRA, no adapter.
     """
     student = Role(unet, adapter=adapter)
-    teacher = None
+    teacher = guide = None
     if config.earlier == "teacher":
         teacher = Role(unet, teacher_motion, without_lora=True, adapter=adapter)
+    elif config.earlier == "guided-noise":
+        guide = Role(unet, without_lora=True)
     if config.target == "online":
-        return Roles(student, student, teacher)
+        return Roles(student, student, teacher, guide)
     dtype = next(adapter.parameters()).dtype
     held = {name: value.to(dtype) for name, value in average.items()}
-    return Roles(student, Role(unet, adapter=adapter, adapter_overrides=held), teacher)
+    return Roles(student, Role(unet, adapter=adapter, adapter_overrides=held), teacher, guide)

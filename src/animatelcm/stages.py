@@ -47,7 +47,8 @@ def starting_model(config: TrainConfig) -> VideoModel:
     else:
         own = None if config.adapter is None else () if _begins_fresh(config) else (config.adapter.name,)
         taught = _many_steps(config)
-        model = load(config.model, teacher=taught, keep_teacher=taught, adapters=own)
+        fused_scale = 0.0 if _guided(config) else 1.0
+        model = load(config.model, teacher=taught, image_scale=fused_scale, keep_teacher=taught, adapters=own)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.adapter is not None:
@@ -82,6 +83,10 @@ def _begins_fresh(config: TrainConfig) -> bool:
 
 def _many_steps(config: TrainConfig) -> bool:
     return config.adapter is None or config.objective != "consistency" or config.consistency.earlier == "teacher"
+
+
+def _guided(config: TrainConfig) -> bool:
+    return config.objective == "consistency" and config.consistency.earlier == "guided-noise"
 
 
 def _frozen_but(config: TrainConfig, model: VideoModel) -> VideoModel:
@@ -121,6 +126,10 @@ def _with_adapter(config: TrainConfig, model: VideoModel) -> VideoModel:
     model.kept.clear()  # the run needs no base: what it leaves begins from the files again
     if config.objective == "consistency" and config.consistency.earlier == "teacher":
         model = _few_steps_over_teacher(config, model)
+    if _guided(config):
+        if not model.image_lora:
+            raise ValueError(f"{config.model} has no image acceleration below which an image model could guide")
+        lora.attach(model.unet, model.image_lora)
     schedule = replace(model.schedule, solver_steps=config.consistency.solver_steps)
     return _frozen_but(config, replace(model, schedule=schedule))
 
