@@ -93,6 +93,31 @@ def test_group_norm_is_its_formula_and_leaves_its_input(silu) -> None:
     assert torch.equal(x, before)
 
 
+@torch.inference_mode()
+def test_a_doubled_image_is_convolved_with_what_was_kept() -> None:
+    x, weight, bias = noise(3, 6, 4, 5).contiguous(memory_format=torch.channels_last), noise(8, 6, 3, 3), noise(8)
+    exact, kept = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1), {}
+    close(fused.doubled(x, weight, bias, kept), exact)
+    assert list(kept) == [weight]
+    assert len(kept[weight]) == 4
+    close(fused.doubled(x, 0 * weight, bias, {}), bias[:, None, None].expand_as(exact))
+    again = fused.doubled(2 * x, weight, bias, kept) - bias[:, None, None]
+    close(again, 2 * (exact - bias[:, None, None]), atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0, fused.SMALL_KERNEL])
+def test_a_convolution_keeps_small_weights_as_the_device_has_them(limit, monkeypatch) -> None:
+    monkeypatch.setattr(fused, "SMALL_KERNEL", limit)
+    x = noise(3, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    weights, biases, kept = [noise(8, 6, 3, 3, seed=i) for i in (1, 2)], noise(2, 8, seed=3), {}
+    with torch.inference_mode():
+        for weight, bias in zip([*weights, *weights], [*biases, *biases], strict=True):
+            y = fused.convolution(x, weight, bias, kept)
+            close(y, F.conv2d(x, weight, bias, padding=1))
+            assert y.is_contiguous(memory_format=torch.channels_last)
+    assert len(kept) == (2 if limit else 0)
+
+
 @pytest.mark.parametrize("limit", [0, fused.SMALL_SCORES])
 def test_attention_is_its_formula_spelled_out_or_not(limit, monkeypatch) -> None:
     monkeypatch.setattr(fused, "SMALL_SCORES", limit)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-from animatelcm.nets.layers import Attention, FeedForward, GroupNorm, TimeEmbedding
+from animatelcm.nets.layers import Attention, FeedForward, Folded, GroupNorm, TimeEmbedding
 from animatelcm.nets.unet import UNetConfig
 
 
@@ -41,6 +41,23 @@ def test_frames_share_the_context_of_their_video() -> None:
     seen: list[int] = []
     attention(frames, context)
     assert seen == [2]
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@torch.inference_mode()
+def test_a_folded_context_is_attended_to_as_it_would_be(length) -> None:
+    attention, x, context = Attention(12, 3, 8), noise(2 * 4, 5, 12), noise(2, length, 8, seed=1)
+    known = attention.fold(context)
+    assert isinstance(known, Folded) == (length == 5)  # a long one is more work folded
+    expected = by_hand(attention, x, context.repeat_interleave(4, 0))
+    torch.testing.assert_close(attention(x, {attention: known}), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        attention(x[:4], {attention: attention.fold(context[:1])}), expected[:4], atol=1e-6, rtol=0
+    )
+
+
+def test_nothing_is_folded_where_gradients_are_wanted() -> None:
+    assert not isinstance(Attention(12, 3, 8).fold(noise(2, 5, 8)), Folded)
 
 
 def test_heads_must_divide_channels() -> None:

@@ -21,6 +21,16 @@ def test_what_is_not_said_comes_from_the_model():
     assert full.resolved(FACTS) == full
 
 
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**40))
+@settings(deadline=None)
+def test_a_split_asks_for_the_same_videos(total, most, seed):
+    whole = SampleRequest(prompt="a", seed=seed, num_videos_per_prompt=total)
+    parts = whole.split(most)
+    assert all(1 <= part.num_videos_per_prompt <= most for part in parts)
+    assert [single for part in parts for single in part.singles()] == whole.singles()
+    assert [single.seed for single in whole.singles()] == list(range(seed, seed + total))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

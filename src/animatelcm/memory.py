@@ -153,8 +153,15 @@ def _of_memory(error: BaseException) -> bool:
 
 
 def is_short(model: VideoModel, request: SampleRequest) -> bool:
-    """Whether a device's free memory is less than the ``needed`` of a resolved request."""
+    """Whether a device's free memory is less than what is ``needed`` for one video of a resolved request."""
     return can_offload(model) and free_memory(model.device) < needed(model, request)
+
+
+def at_a_time(model: VideoModel, request: SampleRequest) -> int:
+    """How many of a resolved request's videos a device's free memory holds at a time, by estimate; one at least."""
+    if request.num_videos_per_prompt == 1 or not can_offload(model):
+        return request.num_videos_per_prompt
+    return max(1, min(request.num_videos_per_prompt, free_memory(model.device) // needed(model, request)))
 
 
 def free_memory(device: torch.device) -> int:
@@ -164,8 +171,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def needed(model: VideoModel, request: SampleRequest) -> int:
-    """Bytes beside the weights, by estimate: the UNet's for the frames that it sees at a time, guided ones twice, or
-    the decoder's for one frame, whichever is more. Both peak in their widest layers, as channels times places."""
+    """Bytes beside the weights for one video, by estimate: the UNet's for the frames that it sees at a time, guided
+    ones twice, or the decoder's for one frame, whichever is more. Both peak in their widest layers, as channels times
+    places."""
     _, height, width = request.shape
     copies = 1 if request.guidance_scale == 1 else 2
     cells = _frames_seen(request) * (height // model.downscale) * (width // model.downscale)

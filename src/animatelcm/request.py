@@ -256,7 +256,15 @@ class SampleRequest:
 
     def singles(self) -> list[SampleRequest]:
         """One request a video, each with its own seed."""
-        return [replace(self, seed=self.seed + i, num_videos_per_prompt=1) for i in range(self.num_videos_per_prompt)]
+        return self.split(1)
+
+    def split(self, most: int) -> list[SampleRequest]:
+        """The same videos in the same order, asked for in requests for ``most`` of them; the last may ask for fewer."""
+        total = self.num_videos_per_prompt
+        return [
+            replace(self, seed=self.seed + first, num_videos_per_prompt=min(most, total - first))
+            for first in range(0, total, most)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -27,16 +28,20 @@ from animatelcm.windows import freenoise, in_windows, windows
 if TYPE_CHECKING:
     from diffusers import DPMSolverMultistepScheduler
 
+LOG = logging.getLogger(__name__)
 Eps = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (B, C, F, h, w) float32, t (B,) int64) -> predicted noise, guidance included."""
+"""(x_t (B, C, F, h, w) float32, t (B,) int64, all the same) -> predicted noise, guidance included."""
 
 
 WINDOW_CELLS = 16 * 64 * 64
-"""Latent cells of a window of Stable Diffusion's usual size."""
+"""Latent cells of a window of Stable Diffusion's usual size: what a GPU evaluates at a time."""
+CPU_CELLS = 4 * 16 * 8 * 8
+"""What a CPU does: with fewer, calls cost as much as arithmetic; with more, what they work on leaves the caches."""
 
 
 class Preview(NamedTuple):
-    """The state after one step of ``total``: the latents so far, (B, C, F, h, w); ``model.decode`` shows them."""
+    """The state after one step of ``total`` of the videos that are made together: their latents so far,
+    (B, C, F, h, w); ``model.decode`` shows them."""
 
     step: int
     total: int
@@ -56,7 +61,8 @@ def sample(
 
     ``latents`` replaces the initial noise: (1, C, F, h, w) of variance 1. ``condition`` is what the request's files
     hold, where they are read already, or pixels of no file. Each video depends on its own seed alone, whatever
-    ``num_videos_per_prompt`` is. Raises ValueError where memory suffices in no way.
+    ``num_videos_per_prompt`` is, but for rounding: videos of a batch may differ in their last bits from the same ones
+    made alone. Raises ValueError where memory suffices in no way.
     """
     options = {"latents": latents, "condition": condition, "offload": offload, "progress": progress}
     with closing(drafts(model, request, **options)) as made:
@@ -72,24 +78,40 @@ def drafts(
     offload: Offload = "auto",
     progress: Callable[[Preview], None] = lambda preview: None,
 ) -> Iterator[Draft]:
-    """As ``sample``, each video as soon as it is denoised, for ``decoding``. Until the generator is closed, networks
-    take turns on the device where ``offload`` or its memory asks for it (``memory.offloaded``)."""
+    """As ``sample``, each video as soon as it is denoised, for ``decoding``: small ones several at a time, and fewer
+    where memory does not suffice for them. Until the generator is closed, networks take turns on the device where
+    ``offload`` or its memory asks for it (``memory.offloaded``)."""
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
     with ExitStack() as stack:
         if offload == "model" or (offload == "auto" and memory.is_short(model, request)):
             stack.enter_context(memory.offloaded(model))
         steer = steering(model, request, condition)
-        for single in request.singles():
-            denoise = partial(_denoised, model, single, latents, condition, steer, progress)
-            draft = memory.attempt(denoise)
-            if draft is None and offload == "auto" and memory.can_offload(model):
+        waiting = request.split(_together(model, request))
+        while waiting:
+            group = waiting.pop(0)
+            denoise = partial(_denoised, model, group, latents, condition, steer, progress)
+            made = memory.attempt(denoise)
+            if made is None and group.num_videos_per_prompt > 1:
+                most = group.num_videos_per_prompt // 2
+                waiting = [part for each in (group, *waiting) for part in each.split(most)]
+                LOG.warning("%s is out of memory: %d videos at a time", model.device, most)
+                continue
+            if made is None and offload == "auto" and memory.can_offload(model):
                 stack.enter_context(memory.offloaded(model))
-                draft = memory.attempt(denoise)
-            if draft is None:
+                made = memory.attempt(denoise)
+            if made is None:
                 short = f"{model.device} has too little memory to denoise this video"
-                raise ValueError(f"{short}; {memory.smaller(model, single)} may fit")
-            yield draft
+                raise ValueError(f"{short}; {memory.smaller(model, group)} may fit")
+            yield from made
+
+
+def _together(model: VideoModel, request: SampleRequest) -> int:
+    """Videos of a resolved request that are denoised in one batch."""
+    _, height, width = request.shape
+    cells = len(_windows(request)[0]) * (height // model.downscale) * (width // model.downscale)
+    most = (CPU_CELLS if model.device.type == "cpu" else WINDOW_CELLS) // cells
+    return max(1, min(most, memory.at_a_time(model, request)))
 
 
 def _denoised(
@@ -99,21 +121,26 @@ def _denoised(
     condition: Condition,
     steer: Steering,
     progress: Callable[[Preview], None],
-) -> Draft:
+) -> list[Draft]:
+    """All videos of a request, in one batch; the seconds of each are its share."""
     began = time.perf_counter()
     for preview in sample_steps(model, request, latents=latents, condition=condition, steer=steer):
         progress(preview)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    return Draft(
-        latents=preview.latents,
-        request=request,
-        model=model.facts.name,
-        fps=model.facts.fps,
-        evaluations=preview.total * len(_windows(request)) * (2 if request.guidance_scale != 1 else 1),
-        seconds={"denoise": time.perf_counter() - began},
-        picture=condition.image,
-    )
+    share = (time.perf_counter() - began) / len(preview.latents)
+    return [
+        Draft(
+            latents=latents,
+            request=single,
+            model=model.facts.name,
+            fps=model.facts.fps,
+            evaluations=preview.total * len(_windows(request)) * (2 if request.guidance_scale != 1 else 1),
+            seconds={"denoise": share},
+            picture=condition.image,
+        )
+        for single, latents in zip(request.singles(), preview.latents.split(1), strict=True)
+    ]
 
 
 def sample_steps(
@@ -124,15 +151,16 @@ def sample_steps(
     condition: Condition | None = None,
     steer: Steering | None = None,
 ) -> Iterator[Preview]:
-    """The steps of one video as they happen; the last preview holds the finished latents.
+    """The steps of a request's videos as they happen, all in one batch; the last preview holds the finished latents.
 
-    ``steer``: ``condition.steering`` of this model and condition, where several videos share it.
+    ``latents``: (1, C, F, h, w) for all of them, or one for each. ``steer``: ``condition.steering`` of this model and
+    condition, where several requests share it.
     """
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
     times = _timesteps(model.schedule, request, begun=condition.video is not None)
     x = initial_noise(model, request) if latents is None else latents.float()
-    x = x.to(model.device)
+    x = x.to(model.device).expand(request.num_videos_per_prompt, *x.shape[1:])
     with torch.inference_mode():
         steer = steering(model, request, condition) if steer is None else steer
         eps = _guided_eps(model, request, steer, times)
@@ -164,14 +192,25 @@ def _timesteps(schedule: NoiseSchedule, request: SampleRequest, *, begun: bool) 
 
 
 def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
-    """x_T of a resolved request: (1, C, F, h, w), standard normal, by the request's seed."""
+    """x_T of a resolved request: (B, C, F, h, w), standard normal, each of its B videos by its own seed."""
     frames, height, width = request.shape
-    shape = (1, model.vae.config.latent_channels, frames, height // model.downscale, width // model.downscale)
+    shape = (
+        request.num_videos_per_prompt,
+        model.vae.config.latent_channels,
+        frames,
+        height // model.downscale,
+        width // model.downscale,
+    )
     return _noise(shape, request, 0)
 
 
 def _noise(shape: Sequence[int], request: SampleRequest, step: int) -> Tensor:
-    """What is drawn for one step of a resolved request: (B, C, F, h, w), standard normal at each frame."""
+    """What is drawn for one step of a resolved request: (B, C, F, h, w), standard normal at each frame; of each of its
+    B videos what would be drawn for it alone."""
+    return torch.cat([_drawn((1, *shape[1:]), single, step) for single in request.singles()])
+
+
+def _drawn(shape: Sequence[int], request: SampleRequest, step: int) -> Tensor:
     frames, length = shape[2], request.context_length
     assert length is not None
     source, alone = generator(request.seed, step, 0, "latents"), request.noise == "random" or frames <= length
@@ -188,7 +227,7 @@ def _windows(request: SampleRequest) -> list[range]:
 
 def _batch(x: Tensor, length: int) -> int:
     """Windows that are evaluated at a time: on GPUs, as many as are no larger than one of 16 frames of 512x512."""
-    return 1 if x.device.type == "cpu" else max(1, WINDOW_CELLS // (length * x.shape[3] * x.shape[4]))
+    return 1 if x.device.type == "cpu" else max(1, WINDOW_CELLS // (len(x) * length * x.shape[3] * x.shape[4]))
 
 
 def _guided_eps(model: VideoModel, request: SampleRequest, steer: Steering, times: list[int]) -> Eps:
@@ -211,9 +250,10 @@ def _guided_eps(model: VideoModel, request: SampleRequest, steer: Steering, time
         step = next(steps)
 
         def predict(part: Tensor, spans: Sequence[range]) -> Tensor:
+            spans = [span for span in spans for _ in range(len(part) // len(spans))]  # one for each video in each
             if scale == 1:
-                return steered(part, t.expand(len(part)), step, spans)
-            uncond, cond = steered(torch.cat([part, part]), t.expand(2 * len(part)), step, spans).chunk(2)
+                return steered(part, t[:1].expand(len(part)), step, spans)
+            uncond, cond = steered(torch.cat([part, part]), t[:1].expand(2 * len(part)), step, spans).chunk(2)
             return guided(cond, uncond, scale)
 
         return in_windows(predict, x, spans, _batch(x, len(spans[0])))

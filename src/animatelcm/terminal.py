@@ -53,7 +53,7 @@ def step_bar(request: SampleRequest, *, quiet: bool) -> Iterator[Callable[[Previ
 
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task(request.prompt, total=request.num_inference_steps * request.num_videos_per_prompt)
-        yield lambda _: bar.advance(task)
+        yield lambda preview: bar.advance(task, len(preview.latents))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from animatelcm.nets.motion import MotionModule
 from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.request import ModelSource, SampleRequest
-from animatelcm.sampling import drafts, initial_noise, sample_steps
+from animatelcm.sampling import drafts, initial_noise
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
 
@@ -59,7 +59,7 @@ class Case:
     size: int = 64
     """Height and width in pixels."""
     batch: int = 1
-    """Videos of one prompt: ours one after the other, theirs at once."""
+    """Videos of one prompt: ours as many at a time as ``sampling.drafts`` has it, theirs at once."""
     context: int | None = None
     """Frames of a window. Default: all of them in one, as theirs."""
 
@@ -131,11 +131,7 @@ def compare(
 
 def denoised(model: VideoModel, case: Case) -> list[torch.Tensor]:
     """Latents of a case, from the prompt."""
-    made = []
-    for single in case.request(model).singles():
-        *_, last = sample_steps(model, single)
-        made.append(last.latents)
-    return made
+    return [draft.latents for draft in drafts(model, case.request(model))]
 
 
 def their_latents(pipe: AnimateDiffPipeline, model: VideoModel, case: Case) -> torch.Tensor:
@@ -144,7 +140,7 @@ def their_latents(pipe: AnimateDiffPipeline, model: VideoModel, case: Case) -> t
 
 
 def _their_arguments(model: VideoModel, case: Case) -> dict[str, Any]:
-    noise = torch.cat([initial_noise(model, single) for single in case.request(model).singles()])
+    noise = initial_noise(model, case.request(model))
     return {
         "prompt": [PROMPT] * case.batch,  # it ignores num_videos_per_prompt
         "num_frames": case.frames,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from animatelcm.nets import fused
-from animatelcm.nets.layers import Attention, FeedForward, GroupNorm, Linear, Memory, PointwiseConv
+from animatelcm.nets.layers import Attention, FeedForward, GroupNorm, Linear, Memory, PointwiseConv, Shift
 from animatelcm.nets.motion import MotionConfig, MotionModule
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class ResnetBlock(nn.Module):
         """Frames (N, C, h, w), time embedding after its activation (B, E) or what is remembered of it -> (N, C', h, w);
         N is a multiple of B."""
         shift = emb[self] if isinstance(emb, dict) else self.remember(emb)
+        if isinstance(shift, Shift):
+            h = fused.convolution(self.norm1(x), self.conv1.weight, shift.bias[0], shift.kept)
+            h = fused.convolution(self.norm2(h), self.conv2.weight, self.conv2.bias, shift.kept)
+            return self.conv_shortcut(x) + h
         h = self.conv1(self.norm1(x))
         h = h + (shift if len(shift) in (1, len(h)) else shift.repeat_interleave(len(h) // len(shift), 0))
         return self.conv_shortcut(x) + self.conv2(self.norm2(h))
@@ -42,6 +46,13 @@ class ResnetBlock(nn.Module):
     def remember(self, emb: Tensor) -> Tensor:
         """Time embedding (B, E) -> what it adds to every pixel, (B, C', 1, 1)."""
         return self.time_emb_proj(emb)[:, :, None, None]
+
+    def fold(self, emb: Tensor) -> list[Shift] | list[Tensor]:
+        """As ``remember``, for each of B timesteps by itself; with the convolution's bias where that is plain."""
+        shift, kept = self.remember(emb), {}
+        if type(self.conv1) is not nn.Conv2d or type(self.conv2) is not nn.Conv2d:
+            return list(shift.split(1))
+        return [Shift(bias, kept) for bias in (shift.flatten(1) + self.conv1.bias).split(1)]
 
 
 class TransformerBlock(nn.Module):
@@ -115,9 +126,11 @@ class Upsampler(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int], emb: Tensor | Memory | None = None) -> Tensor:
+        """``emb``: what is remembered, of this layer its kernels."""
         if type(self.conv) is nn.Conv2d and tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
-            return fused.doubled(x, self.conv.weight, self.conv.bias)
+            kept = emb.get(self) if isinstance(emb, dict) else None
+            return fused.doubled(x, self.conv.weight, self.conv.bias, kept)
         return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
 
 
@@ -259,4 +272,4 @@ class UpStage(Stage):
             x = self.run(i, x, emb, text, frames, skips.pop())
         if self.upsamplers is None:
             return x
-        return self.upsamplers[0](x, skips[-1].shape[2:])
+        return self.upsamplers[0](x, skips[-1].shape[2:], emb)

@@ -1,16 +1,19 @@
 """Single operations as fast as the device has them where no gradients are wanted; the plain ones are the truth.
 
 On a GPU they are the kernels of ``nets.kernels``, on a CPU oneDNN's operations, which add a bias and multiply by a gate
-while a product is still in the cache. Everything else, and every training step, takes torch's own path.
+while a product is still in the cache. Training steps take the operations of ``nets.lean`` where those keep less, and
+everything else torch's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatelcm.nets import kernels
+from animatelcm.nets import kernels, lean
 
 ONEDNN = torch.backends.mkldnn.is_available()
 CPU_TYPES = (torch.float32, torch.bfloat16)
@@ -19,6 +22,9 @@ MAX_ROWS = 65_535
 """Sequences in one attention call of torch's: more do not fit a dimension of a CUDA launch grid."""
 SMALL_SCORES = 2**20
 """Attention weights in one call up to which a CPU is faster with them spelled out (4 MiB, what its caches hold)."""
+SMALL_KERNEL = 2**20
+"""Weights of a convolution up to which a CPU keeps them in its own order (4 MiB): the larger they are, the less it
+takes to order them again, and the more to keep them."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -41,7 +47,34 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+Kept = dict[Tensor, list[Tensor]]
+"""Kernels that a convolution computes with in place of its weight, by the weight, once they were used."""
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, kept: Kept) -> Tensor:
+    """A 3x3 convolution of images (N, C, h, w), padded by 1, with weight (C', C, 3, 3) and bias (C').
+
+    oneDNN orders weights anew at each call; small ones are left in ``kept`` in its own order for the next.
+    """
+    if not _onednn(x) or x.dtype != torch.float32 or weight.numel() > SMALL_KERNEL:
+        return F.conv2d(x, weight, bias, padding=1)
+    if weight not in kept:
+        kept[weight] = [_ordered(weight, x.shape, 1)]
+    return _convolved(x, kept[weight][0], bias, 1)
+
+
+def _ordered(weight: Tensor, shape: Sequence[int], padding: int) -> Tensor:
+    """As oneDNN has it for images of a shape."""
+    around = [padding, padding]
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, around, [1, 1], [1, 1], 1, list(shape))
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    around = [padding, padding]
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, around, [1, 1], [1, 1], 1, "none", [], "")
+
+
+def doubled(x: Tensor, weight: Tensor, bias: Tensor, kept: Kept | None = None) -> Tensor:
     """x (N, C, h, w) with every pixel repeated in both directions, convolved with weight (C', C, 3, 3) and bias (C').
 
     Where pixels are repeated, a window of 3x3 holds 2x2 different ones. So the four pixels that one becomes are four
@@ -49,21 +82,27 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if not _onednn(x) or x.dtype != torch.float32:  # in half precision products are too cheap to be worth it
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
-    wide = weight.float()
-    first, middle, last = wide.unbind(2)
-    rows = (torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2))
-    kernels = []
-    for row in rows:
-        first, middle, last = row.unbind(3)
-        kernels += [torch.stack([first, middle + last], 3), torch.stack([first + middle, last], 3)]
-    (batch, _, height, width), channels = x.shape, weight.shape[0]
+    (batch, inputs, height, width), channels = x.shape, weight.shape[0]
+    keeps = kept is not None and weight.numel() <= SMALL_KERNEL
+    if keeps and weight not in kept:
+        kept[weight] = [_ordered(kernel, (batch, inputs, height + 1, width + 1), 0) for kernel in _quarters(weight)]
     out = x.new_empty(batch, height, 2, width, 2, channels)
-    for i, kernel in enumerate(kernels):
+    for i, kernel in enumerate(kept[weight] if keeps else _quarters(weight)):
         below, right = divmod(i, 2)
         part = F.pad(x, (1 - right, right, 1 - below, below))
-        kernel = kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        out[:, :, below, :, right] = F.conv2d(part, kernel, bias).permute(0, 2, 3, 1)
+        part = _convolved(part, kernel, bias, 0) if keeps else F.conv2d(part, kernel, bias)
+        out[:, :, below, :, right] = part.permute(0, 2, 3, 1)
     return out.view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+def _quarters(weight: Tensor) -> list[Tensor]:
+    """(C', C, 3, 3) -> (C', C, 2, 2) for the pixel above left, above right, below left and below right."""
+    first, middle, last = weight.unbind(2)
+    found = []
+    for row in (torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2)):
+        first, middle, last = row.unbind(3)
+        found += [torch.stack([first, middle + last], 3), torch.stack([first + middle, last], 3)]
+    return [kernel.contiguous(memory_format=torch.channels_last) for kernel in found]
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -79,6 +118,8 @@ def gated(x: Tensor) -> Tensor:
     """(..., 2 W) -> (..., W): the first half times the GELU of the second."""
     if kernels.usable(x):
         return kernels.geglu(x)
+    if lean.usable():
+        return lean.gated(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -87,6 +128,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     """GroupNorm of channels-last images (N, C, h, w), and SiLU behind it where asked -> the same order."""
     if kernels.usable(x):
         return kernels.group_norm_silu(x, weight, bias, groups, eps, silu=silu)
+    if silu and lean.usable() and not lean.casts(x):
+        return lean.norm_silu(x, groups, weight, bias, eps)
     y = F.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=torch.channels_last)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
@@ -110,6 +153,11 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.shape[1] <= rows:
         return attention(q, k, v)
     return torch.cat([attention(*part) for part in zip(*(x.split(rows, dim=1) for x in (q, k, v)), strict=True)], dim=1)
+
+
+def foldable(x: Tensor) -> bool:
+    """Whether maps that do not change are worth being multiplied beforehand: products cost a CPU what they are long."""
+    return _onednn(x) and x.dtype == torch.float32
 
 
 def _onednn(x: Tensor) -> bool:

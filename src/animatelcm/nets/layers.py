@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animatelcm.nets import fused
+from animatelcm.nets import fused, lean
 
 if TYPE_CHECKING:
     from animatelcm.nets.unet import UNetConfig
@@ -52,6 +52,16 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
+class Folded(NamedTuple):
+    """The same, with the maps to queries and from values multiplied in: tokens (B, P, C) times ``keys`` are attention
+    weights before their softmax over L, and those times ``values`` the layer's result without its bias."""
+
+    keys: Tensor
+    """(B, C, heads * L)."""
+    values: Tensor
+    """(B, heads * L, C)."""
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves or to a context."""
 
@@ -73,7 +83,10 @@ class Attention(nn.Module):
         if context is None:
             q, k, v = (self._split(part, x.shape[0]) for part in self.project(x))
         else:
-            k, v = context[self] if isinstance(context, dict) else self.remember(context)
+            remembered = context[self] if isinstance(context, dict) else self.remember(context)
+            if isinstance(remembered, Folded):
+                return self._folded(x, remembered)
+            k, v = remembered
             q = self._split(self.to_q(x), k.shape[0])
         return self.to_out(fused.attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
@@ -113,13 +126,36 @@ class Attention(nn.Module):
         """Context (B, L, D) -> its keys and values."""
         return KeysValues(*(self._split(project(context), context.shape[0]) for project in (self.to_k, self.to_v)))
 
+    def fold(self, context: Tensor) -> Folded | KeysValues:
+        """As ``remember``, folded where that is less work: on CPUs, without gradients, for short contexts."""
+        known, (channels, length) = self.remember(context), (self.to_q.in_features, context.shape[1])
+        plain = type(self.to_q) is Linear and type(self.to_out[0]) is Linear
+        if not plain or (self.heads - 1) * length > channels or not fused.foldable(context):
+            return known
+        queries = known.keys.shape[-1] ** -0.5 * self.to_q.weight.unflatten(0, (self.heads, -1))
+        out = self.to_out[0].weight.unflatten(1, (self.heads, -1))
+        keys = torch.einsum("bhld,hdc->bchl", known.keys, queries).flatten(2)
+        return Folded(keys.contiguous(), torch.einsum("bhld,chd->bhlc", known.values, out).flatten(1, 2).contiguous())
+
+    def _folded(self, x: Tensor, known: Folded) -> Tensor:
+        scores = torch.bmm(x.reshape(len(known.keys), -1, x.shape[-1]), known.keys)
+        weights = scores.unflatten(2, (self.heads, -1)).softmax(-1).flatten(2)
+        return torch.baddbmm(self.to_out[0].bias, weights, known.values).view(x.shape)
+
     def _split(self, tokens: Tensor, batch: int) -> Tensor:
         """(N, P, C) -> (B, heads, N P / B, C / heads), a view."""
         return tokens.reshape(batch, -1, self.heads, tokens.shape[-1] // self.heads).transpose(1, 2)
 
 
-Memory = dict[nn.Module, "KeysValues | Tensor"]
-"""What a layer made of the text or the timestep before, by the layer."""
+class Shift(NamedTuple):
+    """What a convolution adds to every pixel at a timestep: its bias and the embedding's share, (1, C)."""
+
+    bias: Tensor
+    kept: fused.Kept
+
+
+Memory = dict[nn.Module, "KeysValues | Folded | Shift | Tensor | fused.Kept"]
+"""What a layer made of the text, of the timestep or of its weights before, by the layer."""
 
 
 class GatedGelu(nn.Module):
@@ -145,6 +181,9 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GatedGelu(channels, width), nn.Identity(), Linear(width, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        last = self.net[2]
+        if lean.usable() and type(last) is Linear:
+            return lean.gated_linear(self.net[0].proj(x), last.weight, last.bias)
         return self.net(x)
 
 

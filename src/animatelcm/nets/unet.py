@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animatelcm.nets.blocks import DownStage, MidStage, ResnetBlock, Stage, TransformerBlock, UpStage
+from animatelcm.nets.blocks import DownStage, MidStage, ResnetBlock, Stage, TransformerBlock, Upsampler, UpStage
 from animatelcm.nets.layers import GroupNorm, Memory, TimeEmbedding
 from animatelcm.nets.motion import MotionConfig
 
@@ -231,9 +231,10 @@ class VideoUNet(nn.Module):
         timestep, the text's shared. timestep_cond: (1, time_cond_proj_dim). Of no use once weights change.
         """
         emb, text = self._emb(t, timestep_cond), text.to(self.dtype)
-        texts = {m.attn2: m.attn2.remember(text) for m in self.modules() if isinstance(m, TransformerBlock)}
-        shifts = {m: m.remember(emb) for m in self.modules() if isinstance(m, ResnetBlock)}
-        return [Remembered({m: s[i : i + 1] for m, s in shifts.items()}, texts) for i in range(len(t))]
+        texts = {m.attn2: m.attn2.fold(text) for m in self.modules() if isinstance(m, TransformerBlock)}
+        shifts = {m: m.fold(emb) for m in self.modules() if isinstance(m, ResnetBlock)}
+        kernels = {m: {} for m in self.modules() if isinstance(m, Upsampler)}
+        return [Remembered({m: s[i] for m, s in shifts.items()} | kernels, texts) for i in range(len(t))]
 
     def _emb(self, t: Tensor, timestep_cond: Tensor | None) -> Tensor:
         """Timesteps (B,) -> (B, E), after its activation."""
