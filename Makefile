@@ -11,7 +11,7 @@ demo: $(VENV)/demo-ready
 	$(BIN)/animatelcm generate "$(PROMPT)" --force $(if $(OUT),--out "$(OUT)")
 
 test: $(VENV)/test-ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .

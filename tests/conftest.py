@@ -9,6 +9,10 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers share the cores: threads beyond them only wait
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that tests begin
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
