@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from animatelcm import cli
+from animatelcm.evaluate.judge import Protocol
 from animatelcm.evaluate.report import (
     COLUMNS,
     Row,
+    command,
     facts_hash,
     read_row,
     row_path,
@@ -117,3 +121,25 @@ def test_the_summary_holds_what_its_hash_is_of():
     whole = json.loads(json.dumps(summary([ROW], FACTS, {"torch": "2"})))
     assert Row(**whole["rows"][0]) == ROW
     assert facts_hash({k: v for k, v in whole["protocol"].items() if k != "hash"}) == whole["protocol"]["hash"]
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(clips=4, real=9), Protocol(clips=5, real=8, steer="edge"), Protocol(real=7, style_truth="twemoji")],
+)
+@pytest.mark.parametrize("setting", ["ddim@4:2/trailing", "real"])
+def test_the_line_of_a_row_asks_for_its_protocol_again(protocol, setting, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli.PROTOCOLS["emoji"], "run", lambda self: asked.append(self))
+    label = "my-model --style 'a b.safetensors:0.8' --teacher"
+    row = replace(ROW, model=label, kind="plain", setting=setting, protocol=facts_hash(protocol.facts))
+    cli.main(shlex.split(command(row, protocol.facts, "out dir"))[1:])
+    (verb,) = asked
+    again = Protocol(clips=verb.clips, real=verb.real, style_truth=verb.style_truth, steer=verb.steer)
+    assert facts_hash(again.facts) == row.protocol
+    assert (shlex.join(verb.source.words()[1:]), str(verb.out), verb.kinds) == (label, "out dir", ("plain",))
+    assert (verb.settings, verb.ceilings) == (((), True) if setting == "real" else ((setting,), False))
+
+
+def test_a_name_that_is_no_command_line_stays_one_word():
+    assert "--model 'our \"best' " in command(replace(ROW, model='our "best'), Protocol().facts, "out")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from animatelcm.evaluate import steered
 from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, silent
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
+from animatelcm.evaluate.takes import Take, keep_clips
 from animatelcm.model import CORE, Facts, VideoModel
-from animatelcm.request import Sampler, SampleRequest, Spacing
+from animatelcm.request import ModelSource, Sampler, SampleRequest, Spacing
 from animatelcm.sampling import sample
 
 
@@ -77,16 +78,6 @@ class Setting:
         )
 
 
-class Take(NamedTuple):
-    """One clip as it was made: frames uint8 (F, H, W, 3); ``seconds`` None where no network was sampled."""
-
-    frames: np.ndarray
-    seconds: float | None = None
-    evaluations: int = 0
-    first: np.ndarray | None = None
-    """The picture that was set in motion, through the autoencoder: uint8 (H, W, 3)."""
-
-
 Maker = Callable[[Shot, int], Take]
 """(what is asked for, seed) -> the clip."""
 
@@ -97,7 +88,7 @@ def _sampled(model: VideoModel, setting: Setting, protocol: Protocol, shot: Shot
     request = replace(setting.request(shot.caption, seed=seed, num_frames=num_frames), colour_match=0.0)
     (made,) = sample(model, request, condition=given)
     first = None if given.image is None else _through(model, given.image[None])[0]
-    return Take(made.frames, sum(made.seconds.values()), made.evaluations, first)
+    return Take(made.frames, sum(made.seconds.values()), made.evaluations, first, made.request)
 
 
 def _real(pack: SpritePack, shot: Shot, seed: int) -> Take:
@@ -123,6 +114,8 @@ def evaluate(
     out: Path,
     kinds: Sequence[Kind] = ("clips",),
     ceilings: bool = False,
+    keep: int = 0,
+    source: ModelSource | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> list[Row]:
@@ -132,9 +125,14 @@ def evaluate(
     ``ceilings`` adds what the measurement itself is worth: rows of the real clips of the prompts, and of these
     through the model's autoencoder, the best that a network could reach with it. ``label`` names the model in rows.
 
+    The first ``keep`` clips of each row that is measured now are kept in ``out / "clips"`` (``takes``), and the real
+    clips that steered them; where the model's ``source`` is given, with the line that makes each again.
+
     Raises ValueError where the model makes no such clips, or a row of another model or protocol is in the way.
     """
     _check_model(model, kinds, protocol.steer)
+    if keep < 0:
+        raise ValueError(f"keep={keep} clips; give how many of each setting and kind are kept, 0 or more")
     makers: dict[str, Maker] = {str(setting): partial(_sampled, model, setting, protocol) for setting in settings}
     if ceilings:
         makers["real"] = partial(_real, protocol.pack)
@@ -149,7 +147,10 @@ def evaluate(
     judge, rows = Judge(protocol, out, progress), []
     for (kind, name), row in found.items():
         if row is None:
-            row = Row(**about, kind=kind, setting=name, **_measured(kind, name, makers[name], judge))
+            shots, takes = _made(kind, name, makers[name], judge)
+            options = {"protocol": protocol, "source": source, "fps": model.facts.fps}
+            keep_clips(out, kind, name, shots[:keep], takes[:keep], **options)
+            row = Row(**about, kind=kind, setting=name, **_measured(kind, shots, takes, judge))
             write_row(row, row_path(out, kind, name))
         rows.append(row)
     return rows
@@ -179,11 +180,15 @@ def _kept(path: Path, about: dict[str, str], force: bool) -> Row | None:
     raise ValueError(f"{path} is of another model or protocol; choose another folder, or --force to replace it")
 
 
-def _measured(kind: Kind, name: str, make: Maker, judge: Judge) -> dict[str, Any]:
+def _made(kind: Kind, name: str, make: Maker, judge: Judge) -> tuple[list[Shot], list[Take]]:
     shots, takes = prompts(kind, judge.protocol.data(PROMPT_SEED, judge.protocol.clips)), []
     for seed, shot in enumerate(shots):
         takes.append(make(shot, seed))
         judge.progress(f"{name}, {kind}", seed + 1, len(shots))
+    return shots, takes
+
+
+def _measured(kind: Kind, shots: list[Shot], takes: list[Take], judge: Judge) -> dict[str, Any]:
     seconds = [take.seconds for take in takes if take.seconds is not None]
     made = {"seconds": median(seconds) if seconds else None, "evaluations": takes[0].evaluations}
     return {**made, **judge.figures(kind, shots, [take.frames for take in takes]), **_steered(judge, shots, takes)}

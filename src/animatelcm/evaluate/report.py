@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,6 +81,8 @@ COLUMNS = {
     "seconds": "s/clip",
     "n": "n",
 }
+CEILINGS = ("real", "autoencoded")
+"""Settings of rows that no network made."""
 STEERED = {
     "identity": "identity",
     "first_frame_psnr": "first frame, dB",
@@ -99,7 +102,7 @@ def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
     protocols = comparable([row.protocol for row in rows], mixed)
     steered = {name: title for name, title in STEERED.items() if any(getattr(row, name) is not None for row in rows)}
     columns = {**COLUMNS, **steered, **({"protocol": "protocol"} if mixed else {})}
-    lines = [[_cell(name, getattr(row, name)) for name in columns] for row in rows]
+    lines = [[shown(name, getattr(row, name)).replace("|", "\\|") for name in columns] for row in rows]
     marks = ["---" if name in ("model", "kind", "setting", "protocol") else "---:" for name in columns]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])
     return drawn if mixed else f"{drawn}\n\nProtocol {', '.join(protocols)}."
@@ -118,12 +121,34 @@ def comparable(protocols: Sequence[str], mixed: bool = False) -> list[str]:
     return found
 
 
-def _cell(name: str, value: str | float | None) -> str:
+def shown(name: str, value: str | float | None) -> str:
+    """A figure of a row as tables have it."""
     if value is None:
         return "-"
     if name in ("concept_accuracy", "motion_accuracy"):
         return f"{value:.1%}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def command(row: Row, protocol: Mapping[str, Any], out: str) -> str:
+    """The command line that measures a row of this protocol's facts again, into a folder. Of a personal style's sheet
+    only the name is known, not its path."""
+    counts, styles = protocol["counts"], protocol["styles"]
+    words = ["animatelcm", "eval", "emoji", "--model", *_words(row.model), "--kinds", row.kind]
+    words += ["--ceilings"] if row.setting in CEILINGS else ["--settings", row.setting]
+    words += ["--clips", str(counts["clips"]), "--real", str(counts["real"])]
+    words += ["--steer", protocol["steer"]] if protocol.get("steer") else []
+    if len(styles) == 1:
+        words += ["--style-truth", styles[0] + (".webp" if protocol["sheet"] else "")]
+    return shlex.join([*words, "--out", out])
+
+
+def _words(label: str) -> list[str]:
+    """A model's name in rows is what the command line has after --model."""
+    try:
+        return shlex.split(label)
+    except ValueError:
+        return [label]
 
 
 def facts_hash(facts: Mapping[str, Any]) -> str:
