@@ -1,0 +1,305 @@
+"""A reproduction: what is kept and what runs again, when a claim holds, and the arithmetic behind both."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from animatelcm import training
+from animatelcm.evaluate.report import Row
+from animatelcm.planning import plan
+from animatelcm.reproduce import bias, learned, page, plots, sampled, study
+from animatelcm.reproduce.claims import Claim, Section, all_of, claims_table, share_deviation, verdict
+from animatelcm.reproduce.study import QUICK, Sizes, Study
+from animatelcm.request import ModelSource
+from animatelcm.schedule import NoiseSchedule
+
+ROW = Row(
+    model="m",
+    fingerprint="f",
+    protocol="p",
+    kind="clips",
+    setting="lcm@4",
+    n=64,
+    evaluations=4,
+    seconds=0.5,
+    concept_accuracy=0.5,
+    named=40,
+    motion_accuracy=0.9,
+    motion_amount=1.0,
+    fvd_like=600.0,
+    fvd_floor=450.0,
+    control_error=0.2,
+    hardware="h",
+)
+CLAIM = Claim(claim="a | b", source="s", paper="1", ours="2", holds=True, n=3)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    made = Study(out=tmp_path / "r", sizes=Sizes())
+    made.begin()
+    return made
+
+
+# What is kept
+
+
+def test_a_measurement_is_made_once(begun):
+    calls = []
+    for _ in range(2):
+        assert begun.measured("x", lambda _: calls.append(1) or {"value": 2.5}) == {"value": 2.5}
+    assert calls == [1]
+    assert list(begun.seconds()) == ["measure x"]
+
+
+def test_a_measurement_that_fails_leaves_none_and_its_time(begun):
+    with pytest.raises(ZeroDivisionError):
+        begun.measured("x", lambda _: {"value": 1 / 0})
+    assert begun.measured("x", lambda _: {"value": 1}) == {"value": 1}
+    assert list(begun.seconds()) == ["measure x"]
+
+
+def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_taken(begun, monkeypatch):
+    outcomes, seen = [None, "model"], []
+
+    def train(config, *, resume):
+        seen.append((config.folder, resume))
+        if (outcome := outcomes.pop(0)) is None:
+            return None
+        (config.folder / outcome).mkdir(parents=True)
+        return config.folder / outcome
+
+    monkeypatch.setattr(training, "train", train)
+    config = learned._stage_1(begun)
+    with pytest.raises(KeyboardInterrupt):
+        begun.trained(config)
+    for _ in range(2):
+        assert begun.trained(config) == ModelSource(model=str(begun.out / "runs" / "image" / "model"))
+    assert seen == [(begun.out / "runs" / "image", True)] * 2
+
+
+def test_a_folder_of_other_sizes_is_refused(begun):
+    begun.begin()
+    with pytest.raises(ValueError, match="other sizes"):
+        replace(begun, sizes=QUICK).begin()
+
+
+def test_rows_share_what_is_kept_of_real_clips(begun, monkeypatch):
+    folder = begun.out / "before"
+    folder.mkdir()
+    (folder / "real-abc.safetensors").write_bytes(b"features")
+    monkeypatch.setattr(study, "load_sum", lambda source, device: None)
+
+    def evaluate(model, label, *, settings, protocol, out, **_):
+        assert (out / "real-abc.safetensors").read_bytes() == b"features"
+        assert (protocol.clips, protocol.real, protocol.steer) == (64, 512, "edge")
+        return [replace(ROW, model=label, setting=str(setting)) for setting in settings]
+
+    monkeypatch.setattr(study.emoji, "evaluate", evaluate)
+    rows = begun.rows("after", ModelSource(style=("twemoji",)), ["lcm@1", "ddim@4:2/trailing"], steer="edge")
+    assert [row.setting for row in rows] == ["lcm@1", "ddim@4:2/trailing"]
+    assert rows[0].model == "emoji --style twemoji"
+    assert json.loads((begun.out / "after" / "report.json").read_text())["rows"][0] == asdict(rows[0])
+
+
+def test_four_steps_are_always_among_the_steps():
+    with pytest.raises(ValueError, match="four"):
+        Sizes(steps=(1, 2))
+
+
+# When a claim holds
+
+
+@pytest.mark.parametrize(("gain", "said"), [(10, True), (-10, False), (3.9, None), (-3.9, None), (4.1, True)])
+def test_a_gain_counts_beyond_two_standard_deviations(gain, said):
+    assert verdict(gain, 2.0) is said
+
+
+def test_one_failure_fails_all_and_doubt_leaves_doubt():
+    assert all_of([True, None, False]) is False
+    assert all_of([True, None]) is None
+    assert all_of([True, True]) is True
+
+
+def test_the_deviation_of_a_difference_of_shares_is_the_binomial_one():
+    source = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(20_000, n, generator=source).lt(share).double().mean(1) for share, n in ((0.6, 64), (0.3, 40)))
+    assert share_deviation((0.6, 64), (0.3, 40)) == pytest.approx(float((a - b).std()), rel=0.02)
+
+
+class _Canned:
+    """A study whose rows are said beforehand: (folder, setting) -> excess and share of subjects."""
+
+    def __init__(self, out, sizes, found):
+        self.out, self.sizes, self.found, self.asked = out, sizes, found, []
+
+    def rows(self, name, source, settings, **_):
+        self.asked.append((name, source, tuple(settings)))
+        return [self._row(name, setting) for setting in settings]
+
+    def _row(self, name, setting):
+        excess, concepts = self.found(name, setting)
+        steps = int(re.search(r"@(\d+)", setting)[1])
+        return replace(ROW, setting=setting, fvd_like=450 + excess, concept_accuracy=concepts, evaluations=steps)
+
+    def trained(self, config):
+        return ModelSource(model=config.name)
+
+    def measured(self, name, make):
+        return {"deviation": 5.0, "sets": 6}
+
+
+def _few_steps(tmp_path, found):
+    made = _Canned(tmp_path, Sizes(), found)
+    return sampled.few_steps(made), made
+
+
+def test_each_baseline_has_the_guidance_that_suits_it_best(tmp_path):
+    def found(name, setting):
+        if name == "few_steps_ours":
+            return 100.0, 0.9
+        return (120.0 if ":2/" in setting else 300.0), 0.5
+
+    section, made = _few_steps(tmp_path, found)
+    claims = {claim.claim.split(" ")[0]: claim for claim in section.claims}
+    assert claims["nearer"].ours.endswith("against DDIM 120 / 120 / 120 / 120, DPM++ 120 / 120 / 120 / 120")
+    assert claims["nearer"].holds is True  # 20 over 2 x 7.07
+    assert claims["shows"].holds is True
+    assert claims["more"].holds is None
+    assert claims["four"].holds is True
+    (_, _, ours), (_, source, taught) = made.asked
+    assert source.teacher
+    assert len(ours) == 4
+    assert len(taught) == len(set(taught)) == 2 * 4 * 3 + 1
+    assert (tmp_path / "few-steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_baseline_that_is_nearer_fails_the_claim_and_says_so(tmp_path):
+    section, _ = _few_steps(tmp_path, lambda name, setting: (200.0 if name == "few_steps_ours" else 150.0, 0.5))
+    nearer, shows, _, four = section.claims
+    assert nearer.holds is False
+    assert shows.holds is None
+    assert four.holds is False  # 200 against 1.25 x 150
+    assert "| **no** |" in claims_table([nearer])
+
+
+@pytest.mark.parametrize(("full", "other", "said"), [(100, 130, True), (130, 100, False), (100, 110, None)])
+def test_an_ablation_that_is_as_good_is_not_told_apart(tmp_path, full, other, said):
+    made = _Canned(tmp_path, Sizes(), lambda name, setting: (full if name == "ablation_full" else other, 0.5))
+    assert [claim.holds for claim in learned.ablations(made).claims] == [said, said]
+
+
+def test_both_ways_of_an_ablation_cost_the_same(tmp_path):
+    made = _Canned(tmp_path, Sizes(image_steps=2400, video_steps=1200), None)
+    first, second = learned._stage_1(made), learned._stage_2(made, "full", "emoji", degrade=True)
+    coupled = learned._coupled(made, "coupled", degrade=True)
+    apart = second.steps * plan(second).flops  # the part of both that the formula leaves alone
+    cost = first.steps * plan(first).flops + second.steps * plan(coupled).flops
+    assert coupled.steps * plan(coupled).flops == pytest.approx(cost, rel=1e-3)
+    assert apart < second.steps * plan(coupled).flops  # LoRA layers that learn cost more than frozen ones
+    assert coupled.data == second.data
+    assert not coupled.consistency.decouple
+
+
+def test_the_adaptation_holds_where_a_quarter_of_the_error_goes(tmp_path):
+    made = _Canned(tmp_path, Sizes(), None)
+    free = "adapter_without_a_teacher"
+    errors = {
+        "adapter_as_it_is": 0.4,
+        free: 0.29,
+        "adapter_guided_by_the_image_model": 0.3,
+        "adapter_with_a_teacher": 0.35,
+    }
+    made._row = lambda name, setting: replace(ROW, control_error=errors[name])
+    direct, adapted = learned.adaptation(made).claims
+    assert direct.holds
+    assert adapted.holds
+    assert "(-28%)" in adapted.ours
+    errors[free] = 0.31
+    assert learned.adaptation(made).claims[1].holds is False
+
+
+# The estimate that takes the teacher's place
+
+
+class _Teacher:
+    """On latents N(0, 1) the best prediction is sigma x_t: given the text as it is, and nothing without."""
+
+    schedule = NoiseSchedule()
+
+    def __init__(self, share):
+        self.share, self.source = share, torch.Generator().manual_seed(0)
+
+    def encode(self, pixels):
+        return torch.randn(1, 16, 16, 8, 8, generator=self.source)
+
+    def embed(self, texts):
+        return torch.zeros(len(texts), 1, 1)
+
+    def predict(self, x, t, *, text, motion):
+        assert motion
+        best = self.share * self.schedule.level(t).sigma.reshape(-1, 1, 1, 1, 1) * x
+        return torch.cat([0 * best[:1], best[1:]])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_slope_over_a_perfect_teacher_is_one_and_over_a_strong_one_its_share(share, monkeypatch):
+    teacher = _Teacher(share)
+    monkeypatch.setattr(bias, "load_sum", lambda source: teacher)
+    monkeypatch.setattr(bias, "to_pixels", lambda frames: None)
+    found = bias.measure(4, lambda *_: None)
+    late = [i for i, t in enumerate(found["t"]) if t > 300]
+    assert len(late) > 4
+    for i in late:
+        assert found["slope_unguided"][i] == pytest.approx(1 / share, rel=0.02)
+        assert found["slope_guided"][i] == pytest.approx(1 / share / bias.SCALE, rel=0.02)
+        sigma = float(teacher.schedule.level(torch.tensor(found["t"][i])).sigma)
+        wanted = (1 - 2 * share * sigma**2 + share**2 * sigma**2) ** 0.5
+        assert found["noise_error"][i] == pytest.approx(wanted, rel=0.02)
+    assert bias.table(found).count("\n") == 2 + len(found["t"])
+
+
+# The page
+
+
+def test_the_page_has_every_claim_the_time_and_a_warning_where_it_is_quick(tmp_path):
+    for sizes in (Sizes(), QUICK):
+        made = Study(out=tmp_path / str(sizes.quick), sizes=sizes)
+        made.begin()
+        made.measured("x", lambda _: {})
+        section = Section(title="Few steps", claims=[CLAIM], text="| t |", plots=["few-steps.png"])
+        text = page.write(made, [section]).read_text()
+        assert r"| a \| b | s | 1 | 2 | yes | 3 |" in text
+        assert "![Few steps](few-steps.png)" in text
+        assert "| measure x |" in text
+        assert ("mean nothing" in text) == sizes.quick
+        said = json.loads((made.out / "claims.json").read_text())
+        assert said["rows"] == [asdict(CLAIM)]
+        assert ("quick" in said["title"]) == sizes.quick
+
+
+def test_every_experiment_runs_in_turn_and_the_page_grows(tmp_path, monkeypatch):
+    made, seen = Study(out=tmp_path, sizes=Sizes()), []
+
+    def experiment(given):
+        """Something."""
+        seen.append(len(json.loads((tmp_path / "claims.json").read_text())["rows"]) if seen else 0)
+        return Section(title="T", claims=[CLAIM])
+
+    monkeypatch.setattr(page, "EXPERIMENTS", (experiment, experiment))
+    page.reproduce(made)
+    assert seen == [0, 1]
+    assert len(json.loads((tmp_path / "claims.json").read_text())["rows"]) == 2
+
+
+def test_losses_are_drawn_of_runs_that_have_some(tmp_path):
+    (tmp_path / "a").write_text('{"step": 10, "loss": 0.5}\n{"step": 20, "loss": 0.25}\n{"step": 20, "sample": 1}\n')
+    plots.losses(tmp_path / "l.png", {"a": tmp_path / "a", "b": tmp_path / "absent"})
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert SimpleNamespace(files=sorted(p.name for p in tmp_path.iterdir())).files == ["a", "l.png"]
