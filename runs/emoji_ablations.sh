@@ -17,5 +17,5 @@ animatelcm train video_lcm_emoji --name ablation_full "${common[@]}" --steps "$S
 animatelcm train video_lcm_emoji --name ablation_direct --consistency.init direct "${common[@]}" --steps "$STEPS"
 animatelcm train video_lcm_coupled_emoji --name ablation_coupled "${common[@]}" --steps $((STEPS + EXTRA))
 for name in full direct coupled; do
-  animatelcm eval --model "runs/out/ablation_$name/model" --settings lcm@1 lcm@2 lcm@4 lcm@8 --out "runs/out/eval_ablation_$name"
+  animatelcm eval emoji --model "runs/out/ablation_$name/model" --settings lcm@1 lcm@2 lcm@4 lcm@8 --out "runs/out/eval_ablation_$name"
 done

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 CLIPS=${CLIPS:-64} REAL=${REAL:-512}
 run() { animatelcm train "$@" --resume; }
-judge() { animatelcm eval --model "runs/out/$1/model" --steer "$2" --settings lcm@4 --clips "$CLIPS" --real "$REAL" --out "runs/out/eval_$1"; }
+judge() { animatelcm eval emoji --model "runs/out/$1/model" --steer "$2" --settings lcm@4 --clips "$CLIPS" --real "$REAL" --out "runs/out/eval_$1"; }
 for recipe in i2v_images_emoji i2v_emoji t2i_adapter_emoji t2i_adapter_lora_emoji controlnet_emoji controlnet_lora_emoji; do
   run "$recipe"
 done

@@ -8,7 +8,7 @@ compare() {
   local name=$1; shift
   animatelcm train i2v_images_emoji --name "encoder_${name}_images" --steps "$IMAGES" "$@" --resume
   animatelcm train i2v_emoji --name "encoder_$name" --model "runs/out/encoder_${name}_images/model" --steps "$STEPS" "$@" --resume
-  animatelcm eval --model "runs/out/encoder_$name/model" --steer i2v --settings lcm@4 --clips 32 --real 512 --out "runs/out/eval_encoder_$name"
+  animatelcm eval emoji --model "runs/out/encoder_$name/model" --steer i2v --settings lcm@4 --clips 32 --real 512 --out "runs/out/eval_encoder_$name"
 }
 compare latent
 compare first --adapter.spread first

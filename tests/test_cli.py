@@ -269,8 +269,8 @@ def test_inspect_says_what_a_thing_is(folder, tmp_path, capsys):
 
 
 def test_eval_measures_once_and_prints_one_object(folder, tmp_path, capsys):
-    words = ["eval", "--model", folder, "--settings", "lcm@1", "ddim@1:2", "--clips", "2", "--real", "3"]
-    words += ["--kinds", "images", "clips", "--out", str(tmp_path)]
+    words = ["eval", "emoji", "--model", folder, "--settings", "lcm@1", "ddim@1:2", "--clips", "2", "--real", "3"]
+    words += ["--kinds", "images", "clips", "--keep", "1", "--out", str(tmp_path)]
     cli.main([*words, "--json"])
     first = json.loads(capsys.readouterr().out)
     assert [(row["setting"], row["kind"]) for row in first["rows"]] == [
@@ -283,6 +283,7 @@ def test_eval_measures_once_and_prints_one_object(folder, tmp_path, capsys):
     assert {row["model"] for row in first["rows"]} == {folder}
     assert json.loads((tmp_path / "report.json").read_text()) == first
     assert json.loads((tmp_path / "rows" / "ddim@1-2.json").read_text()) == first["rows"][3]
+    assert len(list((tmp_path / "clips").rglob("*.mp4"))) == 2  # one of each setting
     cli.main(words)
     shown = capsys.readouterr()
     assert shown.out.count("\n") == 2 + 4 + 2  # and the protocol
@@ -303,7 +304,7 @@ def test_eval_measures_once_and_prints_one_object(folder, tmp_path, capsys):
     ],
 )
 def test_eval_refuses_in_a_sentence(words, named, folder, tmp_path, capsys):
-    message = _fails(["eval", "--model", folder, "--out", str(tmp_path), *words], capsys)
+    message = _fails(["eval", "emoji", "--model", folder, "--out", str(tmp_path), *words], capsys)
     assert named in message
     assert not list(tmp_path.iterdir())
 

@@ -25,7 +25,7 @@ def test_the_readmes_commands_parse(monkeypatch, tmp_path):
     from animatelcm import cli
 
     ran = []
-    for verb in cli.VERBS.values():
+    for verb in (*cli.VERBS.values(), *cli.PROTOCOLS.values()):
         monkeypatch.setattr(verb, "run", lambda self: ran.append(self))
     lines = [line for line in README.splitlines() if line.startswith("animatelcm ")]
     assert len(lines) >= 5

@@ -8,9 +8,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from animatelcm.evaluate.clipsim import clipsim, load_clip, pixels, similarities
+from animatelcm.evaluate.clipsim import clipsim, load_clip, of_folders, pixels, similarities
 from animatelcm.hub import ASSETS
 from animatelcm.tokenizer import Tokenizer, read_merges
+from animatelcm.video import write
 
 SIDE = 32
 PROMPTS = ["a parrot on a blue background", "a horse, galloping!", "word " * 100]
@@ -22,8 +23,11 @@ def part(**sizes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    return random_clip(tmp_path_factory.mktemp("clip"))
+
+
+def random_clip(place):
     """A random CLIP whose embeddings differ, in the layout of the hub."""
-    place = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     text, vision = part(projection_dim=8), part(image_size=SIDE, patch_size=8, projection_dim=8, hidden_act="gelu")
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
@@ -123,6 +127,8 @@ def test_a_video_whose_embedding_is_no_number_is_named(folder):
     words.data[spoilt.tokenizer(["galloping"])[0, 1]] = torch.nan
     with pytest.raises(ValueError, match="video 1: its embedding or its prompt's"):
         similarities(spoilt, videos(), PROMPTS)
+    with pytest.raises(ValueError, match=r"b\.mp4: its embedding or its prompt's"):
+        similarities(spoilt, videos(), PROMPTS, names=["a.mp4", "b.mp4", "c.mp4"])
 
 
 def test_folders_without_a_clip_are_named(folder, tmp_path):
@@ -134,3 +140,47 @@ def test_folders_without_a_clip_are_named(folder, tmp_path):
         load_clip(tmp_path)
     with pytest.raises(ValueError, match="neither a folder, nor in the local cache, nor reachable"):
         load_clip()
+
+
+# Folders
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Two folders of three videos that say what they were asked to show."""
+    for name, order in (("one", 1), ("two", -1)):
+        for number, (clip, prompt) in enumerate(zip(videos(), PROMPTS[::order], strict=True)):
+            write(clip, tmp_path / name / f"{number}.webp", fps=8, quality=100, metadata={"prompt": prompt})
+    return tmp_path
+
+
+def test_folders_have_the_similarity_of_their_videos(clip, places):
+    found = of_folders(clip, [places / "one", places / "two"]).scores
+    values = [similarities(clip, videos(), PROMPTS[::order]) for order in (1, -1)]
+    for name, expected in zip(("one", "two"), values, strict=True):
+        (score,) = found[str(places / name)]
+        assert score.value == pytest.approx(float(expected.mean()))
+    assert len({score.protocol for (score,) in found.values()}) == 1  # the same prompts, whatever their order
+
+
+def test_folders_of_other_prompts_do_not_compare(clip, places):
+    write(videos(1)[0], places / "two" / "0.webp", fps=8, metadata={"prompt": "a fox"}, overwrite=True)
+    folders = [places / "one", places / "two"]
+    with pytest.raises(ValueError, match="have different prompts, so their figures do not compare"):
+        of_folders(clip, folders)
+    scores = of_folders(clip, folders, mixed=True).scores
+    assert len({score.protocol for (score,) in scores.values()}) == 2
+
+
+def test_a_second_run_embeds_nothing(clip, places, monkeypatch):
+    first = of_folders(clip, [places / "one"], keep=places / "kept")
+
+    def asked(*_, **__):
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr("animatelcm.evaluate.clipsim.similarities", asked)
+    assert of_folders(clip, [places / "one"], keep=places / "kept") == first
+    table = places / "other.jsonl"
+    table.write_text("".join(f'{{"file": "{i}.webp", "prompt": "a fox"}}\n' for i in range(3)))
+    with pytest.raises(AssertionError):  # other prompts are measured
+        of_folders(clip, [places / "one"], prompts=table, keep=places / "kept")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from animatelcm.evaluate.fvd import features, fvd, pixels
+from animatelcm.evaluate.fvd import features, fvd, of_folders, pixels
 from animatelcm.evaluate.i3d import Detector
+from animatelcm.video import read, write
 
 
 def videos(count, frames=16, height=20, width=24, seed=0):
@@ -96,6 +97,8 @@ def test_no_videos_give_no_features():
 def test_a_short_video_is_named():
     with pytest.raises(ValueError, match="video 2: 15 frames are too few for FVD; give 16"):
         features(detector(), [*videos(2), *videos(1, 15)])
+    with pytest.raises(ValueError, match=r"c\.mp4: 15 frames"):
+        features(detector(), [*videos(2), *videos(1, 15)], names=["a.mp4", "b.mp4", "c.mp4"])
     with pytest.raises(ValueError, match="video 1: uint8"):
         features(detector(), [videos(1)[0], videos(1)[0].astype(np.float32)])
 
@@ -150,3 +153,77 @@ def test_the_protocol_is_named_by_all_that_it_depends_on_and_nothing_else():
 
 def test_what_a_caller_tells_cannot_hide_what_is_known():
     assert fvd(points(4, 0), points(5, 1), detector(), about={"metric": "x"}, resamples=2).facts["metric"] == "FVD"
+
+
+# Folders
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Three folders of clips, 5, 5 and 4."""
+    for number, (name, count) in enumerate((("real", 5), ("good", 5), ("few", 4))):
+        for index, clip in enumerate(videos(count, 17, seed=number)):
+            write(clip, tmp_path / name / f"{index}.webp", fps=8, quality=100)
+    return tmp_path
+
+
+def test_folders_have_the_distance_of_their_videos(places):
+    real, good = ([read(file).frames for file in sorted((places / name).iterdir())] for name in ("real", "good"))
+    (score,) = of_folders(detector(), places / "real", [places / "good"]).scores[str(places / "good")]
+    expected = fvd(
+        features(detector(), real), features(detector(), good), detector(), about={"real": score.facts["real"]}
+    )
+    assert score == expected
+    assert score.rank == {"real": 4, "generated": 4}
+
+
+def test_folders_are_at_no_distance_from_themselves(places):
+    found = of_folders(detector(), places / "real", [places / "real"])
+    assert found.scores[str(places / "real")][0].value == pytest.approx(0, abs=1e-9)
+
+
+def test_few_videos_and_their_ranks_are_remarked(places):
+    found = of_folders(detector(), places / "real", [places / "good"])
+    assert found.remarks == [
+        f"{places / 'good'}: n = 5 where papers use 2,048: not comparable with their figures",
+        f"{places / 'good'}: covariances of rank real 4, generated 4, not 400: the fewer videos, the larger the figure",
+    ]
+
+
+def test_several_folders_share_a_protocol_or_are_said_to_be_mixed(places):
+    several = [places / "good", places / "few"]
+    with pytest.raises(ValueError, match="different counts of videos"):
+        of_folders(detector(), places / "real", several)
+    scores = of_folders(detector(), places / "real", several, mixed=True).scores
+    assert len({score.protocol for (score,) in scores.values()}) == 2
+    scores = of_folders(detector(), places / "real", several, limit=4).scores
+    assert len({score.protocol for (score,) in scores.values()}) == 1
+    other = of_folders(detector(), places / "few", [places / "good"], limit=4).scores[str(places / "good")]
+    assert other[0].protocol != scores[str(places / "good")][0].protocol  # of other real videos
+
+
+def test_a_second_run_asks_the_network_nothing(places):
+    seen = []
+
+    def logits(x):
+        seen.append(len(x))
+        return detector().logits(x)
+
+    def go(*names):
+        folders = [places / name for name in names]
+        return of_folders(detector(logits), places / "real", folders, mixed=True, keep=places / "kept")
+
+    first = go("good")
+    assert sum(seen) == 10
+    assert go("good") == first
+    assert sum(seen) == 10
+    assert go("good", "few").scores[str(places / "good")] == first.scores[str(places / "good")]
+    assert sum(seen) == 14
+
+
+def test_a_file_whose_logits_are_no_numbers_is_named(places):
+    def logits(x):
+        return torch.full((len(x), 400), torch.nan if len(x) == 1 else 0)  # the fifth is alone in its batch
+
+    with pytest.raises(ValueError, match=r"real/4\.webp: its logits are NaN"):
+        of_folders(detector(logits), places / "real", [places / "good"])

@@ -62,6 +62,10 @@ def program(tmp_path_factory):
     return path
 
 
+def digest_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_names_are_the_ports():
     blocks = [f"Mixed_{name}" for name in ("3b", "3c", "4b", "4c", "4d", "4e", "4f", "5b", "5c")]
     units = ["Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3"]
@@ -160,13 +164,20 @@ def test_epsilon_matters_and_is_told(network, file, small):
 
 
 def test_a_program_gets_pixels_as_they_are(program):
-    detector = load_i3d(program)
+    detector = load_i3d(program, sha256=digest_of(program))
     x = torch.rand(2, 3, 4, 5, 5)
     torch.testing.assert_close(detector.logits(x), x.mean(dim=(1, 2, 3, 4))[:, None].expand(2, 400))
     assert detector.facts == {
         "network": "I3D, TorchScript",
-        "weights": hashlib.sha256(program.read_bytes()).hexdigest(),
+        "weights": digest_of(program),
     }
+
+
+def test_a_program_is_run_by_its_hash_alone(program, monkeypatch):
+    """Tensors by name need none: nothing in them runs."""
+    monkeypatch.setattr(torch.jit, "load", None)
+    with pytest.raises(ValueError, match=rf"is a program, which could do anything.*sha256sum {program} prints it"):
+        load_i3d(program)
 
 
 def test_another_program_is_refused(tmp_path):
@@ -174,7 +185,7 @@ def test_another_program_is_refused(tmp_path):
         warnings.simplefilter("ignore")
         torch.jit.script(nn.Identity()).save(tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt is no I3D"):
-        load_i3d(tmp_path / "other.pt")
+        load_i3d(tmp_path / "other.pt", sha256=digest_of(tmp_path / "other.pt"))
 
 
 @pytest.mark.parametrize("which", ["file", "program"])
@@ -224,5 +235,23 @@ def test_what_is_no_i3d_of_kinetics_400_is_named(network, tmp_path):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match=rf"wrong\.pt: {said}"):
             load_i3d(path)
+    for text, said in (
+        ("<!DOCTYPE html><html>404</html>", r"wrong\.pt is a web page, as failed downloads leave them"),
+        ("\n <html>Sign in</html>", r"wrong\.pt is a web page"),
+        ("not found", r"wrong\.pt is damaged or no file of torch\.save"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            load_i3d(path)
     with pytest.raises(ValueError, match=r"none\.pt is missing"):
         load_i3d(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("which", ["file", "program"])
+@pytest.mark.parametrize("share", [0.3, 0.999])
+def test_a_file_that_was_cut_short_is_named(which, share, request, tmp_path):
+    data = request.getfixturevalue(which).read_bytes()
+    path = tmp_path / "i3d.pt"
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=r"i3d\.pt (is|has) .*fetch it again"):
+        load_i3d(path, sha256=digest_of(path))

@@ -19,7 +19,6 @@ from animatelcm.evaluate.ucf101 import (
     CAPTIONS,
     SETTINGS,
     Draw,
-    chosen,
     clips,
     draws,
     prompts,
@@ -122,16 +121,6 @@ def test_a_new_file_shifts_no_other(ucf, tmp_path):
     avi(tmp_path / "Surfing/v_Surfing_g02_c01.avi", 40)
     more = [draw for draw in draws(tmp_path, seed=3).clips if not draw.file.startswith("Surfing")]
     assert tuple(more) == draws(ucf, seed=3).clips
-
-
-def test_choosing_is_a_fair_draw_without_repeats():
-    files = [f"{i:02}.mp4" for i in range(20)]
-    picked = [chosen(files, 5, seed) for seed in range(400)]
-    assert all(len(set(one)) == 5 for one in picked)
-    counts = Counter(file for one in picked for file in one)
-    assert all(60 < counts[file] < 140 for file in files)  # 100 each, standard deviation 8.7
-    assert sorted(chosen(files, 50)) == files
-    assert chosen(files[::-1], 5) == chosen(files, 5)
 
 
 def test_three_videos_are_taken_and_said_not_to_compare(ucf):

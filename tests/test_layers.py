@@ -35,13 +35,14 @@ ROWS = [
         "memory",
         "windows",
         "evaluate",
+        "page",
         "inspection",
         "conversion",
         "pipeline",
         "batch",
     },
-    {"recipes", "checkpoint", "planning", "stages", "training", "log", "bench"},
-    {"cli", "verbs", "measuring", "terminal", "server", "ui", "cluster", "__main__"},
+    {"recipes", "checkpoint", "planning", "stages", "training", "log", "bench", "reproduce"},
+    {"cli", "verbs", "measuring", "evaluating", "terminal", "server", "ui", "cluster", "__main__"},
 ]
 
 

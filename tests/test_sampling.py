@@ -25,7 +25,7 @@ def test_each_video_depends_on_its_own_seed_alone(fresh_model):
     three = sample(fresh_model, _request(seed=5, num_videos_per_prompt=3))
     alone = sample(fresh_model, _request(seed=6))[0]
     assert [video.request.seed for video in three] == [5, 6, 7]
-    assert (three[1].frames == alone.frames).all()
+    assert np.abs(three[1].frames.astype(int) - alone.frames).max() <= 1  # a batch may round otherwise
     assert (three[0].frames != alone.frames).any()
 
 

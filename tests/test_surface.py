@@ -8,11 +8,22 @@ from pathlib import Path
 import animatelcm
 from animatelcm import cli, recipes
 from animatelcm.config import AdapterConfig, ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
+from animatelcm.evaluating import I3dSource
 from animatelcm.model import Facts
 from animatelcm.request import ModelSource, SampleRequest, Video
 
 CONFIGS = (TrainConfig, DataConfig, LoraConfig, ConsistencyConfig, AdapterConfig)
-KINDS = (SampleRequest, ModelSource, Video, Facts, *CONFIGS, *cli.VERBS.values(), cli.RunOptions)
+KINDS = (
+    SampleRequest,
+    ModelSource,
+    Video,
+    Facts,
+    *CONFIGS,
+    *cli.VERBS.values(),
+    *cli.PROTOCOLS.values(),
+    I3dSource,
+    cli.RunOptions,
+)
 RECORD = Path(__file__).with_name("surface.txt")
 
 

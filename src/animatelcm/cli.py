@@ -11,7 +11,8 @@ from tyro.conf import AvoidSubcommands, arg
 
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
-from animatelcm.measuring import Bench, Eval
+from animatelcm.evaluating import EvalClipsim, EvalFvd, EvalStability, EvalUcf101, EvalVbench
+from animatelcm.measuring import Bench, EvalEmoji, Report, Reproduce
 from animatelcm.terminal import say
 from animatelcm.verbs import Batch, Convert, Decode, Fuse, Generate, Inspect
 
@@ -73,9 +74,19 @@ VERBS = {
     "fuse": Fuse,
     "convert": Convert,
     "inspect": Inspect,
-    "eval": Eval,
+    "report": Report,
     "bench": Bench,
+    "reproduce": Reproduce,
 }
+PROTOCOLS = {
+    "emoji": EvalEmoji,
+    "fvd": EvalFvd,
+    "clipsim": EvalClipsim,
+    "ucf101": EvalUcf101,
+    "vbench": EvalVbench,
+    "stability": EvalStability,
+}
+"""Of ``eval``."""
 
 
 def _run(words: list[str]) -> None:
@@ -83,18 +94,33 @@ def _run(words: list[str]) -> None:
         say(f"animatelcm {__version__}")
     elif words[:1] == ["train"]:
         _train_verb(words[1:])
+    elif words[:1] == ["eval"]:
+        _eval_verb(words[1:])
     elif words[:1] and words[0] in VERBS:
         tyro.cli(VERBS[words[0]], args=words[1:], prog=f"animatelcm {words[0]}").run()
     else:
-        tyro.extras.subcommand_cli_from_dict({**VERBS, "train": _train}, args=words, prog="animatelcm")
+        tyro.extras.subcommand_cli_from_dict({**VERBS, "eval": _eval, "train": _train}, args=words, prog="animatelcm")
+
+
+def _eval() -> None:
+    """Measure how good videos are: animatelcm eval PROTOCOL (emoji, fvd, clipsim, ucf101, vbench, stability)."""
+
+
+def _eval_verb(words: list[str]) -> None:
+    """``eval PROTOCOL --flag value``."""
+    if words[:1] in (["--help"], ["-h"]):
+        said = "Measure how good videos are, each protocol by a command of its own."
+        tyro.extras.subcommand_cli_from_dict(PROTOCOLS, args=["--help"], prog="animatelcm eval", description=said)
+    if not words or words[0] not in PROTOCOLS:
+        raise ValueError(f"eval needs a protocol, got {_given(words)}; protocols: {', '.join(PROTOCOLS)}")
+    tyro.cli(PROTOCOLS[words[0]], args=words[1:], prog=f"animatelcm eval {words[0]}").run()
 
 
 def _train_verb(words: list[str]) -> None:
     """``train RECIPE --field value``: the recipe's config is the flags' default."""
     names = [name for name, value in vars(recipes).items() if getattr(value, "__module__", "") == recipes.__name__]
     if not words or words[0] not in names:
-        given = "nothing" if not words or words[0].startswith("-") else repr(words[0])
-        raise ValueError(f"train needs a recipe, got {given}; recipes: {', '.join(names)}")
+        raise ValueError(f"train needs a recipe, got {_given(words)}; recipes: {', '.join(names)}")
 
     recipe = getattr(recipes, words[0])
 
@@ -111,3 +137,8 @@ def _train_verb(words: list[str]) -> None:
         description=recipe.__doc__,
         config=(AvoidSubcommands,),
     )
+
+
+def _given(words: list[str]) -> str:
+    """What stands where a name was expected."""
+    return "nothing" if not words or words[0].startswith("-") else repr(words[0])

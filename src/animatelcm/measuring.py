@@ -1,4 +1,4 @@
-"""The verbs that measure: how good clips are, and how fast they come."""
+"""The verbs that measure the miniature: quality, speed, and which of the papers' claims hold."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from animatelcm.evaluate.report import Kind, Steer
 from animatelcm.request import Compile, ModelSource, Precision
-from animatelcm.terminal import bars, load, say
+from animatelcm.terminal import bars, load, say, told
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Measure how good a miniature's clips are: distance to real ones, subjects, motions, seconds."""
+class EvalEmoji:
+    """Clips of a miniature: distance, subjects, motions, seconds."""
 
     out: Path
-    """Folder for rows/, report.json, contact sheets, and what is kept of real clips. A second run measures only what
-    is not there yet."""
+    """Folder for rows/, report.json, clips/, contact sheets, and what is kept of real clips. A second run measures only
+    what is not there yet."""
     source: Annotated[ModelSource, arg(name="")] = field(default_factory=ModelSource)
     style_truth: str = ""
     """The style that clips ought to have: prompts and real clips are of this sheet (twemoji, or a .webp's path)."""
@@ -38,6 +38,8 @@ class Eval:
     """Real clips that those are held against."""
     ceilings: bool = False
     """Also judge the real clips of the prompts, and those through the model's autoencoder."""
+    keep: int = 8
+    """Clips of each setting and kind that are kept as videos, to be looked at: clips/SETTING/KIND-NUMBER.mp4."""
     sheet: bool = False
     """Also draw 16 fixed prompts: sheet-SETTING.png."""
     device: str = "auto"
@@ -66,6 +68,8 @@ class Eval:
                 out=self.out,
                 kinds=self.kinds,
                 ceilings=self.ceilings,
+                keep=self.keep,
+                source=self.source,
                 force=self.force,
                 progress=progress,
             )
@@ -120,3 +124,56 @@ class Bench:
         model.compile = self.compile
         report = inference.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
         say(json.dumps(report) if self.json else inference.table(report))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Hold every claim of the papers against the miniature: two hours of two cores, or ten minutes that show how."""
+
+    out: Path = Path("runs/out/reproduction")
+    """Folder for reproduction.md, claims.json, plots, and everything behind them. The same line goes on where it
+    stopped."""
+    quick: bool = False
+    """Sizes that show that everything runs; figures mean nothing then, and are marked so."""
+    device: str = "auto"
+    """cpu, cuda, or auto: the fastest here."""
+
+    def run(self) -> None:
+        from functools import partial
+
+        from animatelcm.reproduce.page import reproduce
+        from animatelcm.reproduce.study import QUICK, Sizes, Study
+
+        sizes = QUICK if self.quick else Sizes()
+        with told(quiet=False):
+            page = reproduce(Study(out=self.out, sizes=sizes, device=self.device, bars=partial(bars, quiet=False)))
+        say(f"{page}; animatelcm report {self.out} makes it a page to look at")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one page from a folder of eval or batch, or of such folders: figures, plots, and videos side by side."""
+
+    folder: Positional[Path]
+    """What eval or batch wrote, or folders of that, up to three deep."""
+    out: Path | None = None
+    """The page. Default: FOLDER/index.html."""
+    title: str = ""
+    """Default: the folder's name."""
+    embed: bool = False
+    """Put videos and pictures inside: one file, of at most 50 MB of them, to be mailed."""
+    open: bool = False
+    """Show it in a browser."""
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+
+    def run(self) -> None:
+        from animatelcm.page import document
+
+        out = document.write(self.folder, self.out, title=self.title, embed=self.embed)
+        said = {"page": str(out), "bytes": out.stat().st_size}
+        say(json.dumps(said) if self.json else f"page in {out}")
+        if self.open:
+            import webbrowser
+
+            webbrowser.open(out.resolve().as_uri())

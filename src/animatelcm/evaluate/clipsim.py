@@ -7,7 +7,8 @@ are: shorter side to 224 by Pillow's bicubic filter, the middle cut out, CLIP's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,11 @@ from torch import Tensor
 from animatelcm import hub
 from animatelcm.building import empty_weights, filled, read_json
 from animatelcm.evaluate.bootstrap import interval
-from animatelcm.evaluate.score import Score
+from animatelcm.evaluate.folders import Reel, prompted
+from animatelcm.evaluate.judge import Progress, silent
+from animatelcm.evaluate.report import facts_hash
+from animatelcm.evaluate.score import Score, Scored, check_counts
+from animatelcm.evaluate.viewing import kept_score, measured, mixtures
 from animatelcm.images import checked_pixels
 from animatelcm.tokenizer import Tokenizer
 from animatelcm.weights.files import find_copy, read_state, sha256
@@ -83,11 +88,18 @@ def load_clip(source: str | Path = MODEL, device: str | torch.device = "cpu") ->
     return Clip(network, Tokenizer.from_folder(folder), facts | {"side": network.config.vision_config.image_size})
 
 
-def similarities(clip: Clip, videos: Iterable[np.ndarray], prompts: Iterable[str], *, batch: int = 16) -> Tensor:
+def similarities(
+    clip: Clip,
+    videos: Iterable[np.ndarray],
+    prompts: Iterable[str],
+    *,
+    batch: int = 16,
+    names: Sequence[object] | None = None,
+) -> Tensor:
     """100 times the mean cosine of all frames of each video, uint8 (F, H, W, 3), and its prompt: float64 (N,).
 
     Videos are taken one by one, ``batch`` frames at a time. Raises ValueError where there are more of one than of the
-    other, or naming a video, counted from 0, whose embeddings are not finite.
+    other, or naming a video, by ``names`` or counted from 0, whose embeddings are not finite.
     """
     found = []
     for number, (video, prompt) in enumerate(zip_longest(videos, prompts)):
@@ -97,7 +109,8 @@ def similarities(clip: Clip, videos: Iterable[np.ndarray], prompts: Iterable[str
         cosines = torch.cat([clip.of_frames(video[i : i + batch]) @ text[0] for i in groups])
         found.append(100 * cosines.double().mean().cpu())
         if not found[-1].isfinite():
-            raise ValueError(f"video {number}: its embedding or its prompt's is NaN or infinite; check CLIP's weights")
+            name = f"video {number}" if names is None else names[number]
+            raise ValueError(f"{name}: its embedding or its prompt's is NaN or infinite; check CLIP's weights")
     return torch.stack(found) if found else torch.empty(0, dtype=torch.float64)
 
 
@@ -113,16 +126,55 @@ def clipsim(
         value=_mean(values),
         interval=interval(_mean, values, resamples=resamples, seed=seed),
         n={"generated": len(values)},
-        facts={
-            **(about or {}),
-            **clip.facts,
-            "metric": "CLIPSIM",
-            "version": VERSION,
-            "scale": 100,
-            "frames": "all",
-            "n": [len(values)],
-        },
+        facts={**(about or {}), **facts(clip), "n": [len(values)]},
     )
+
+
+def facts(clip: Clip) -> dict[str, Any]:
+    """What similarities depend on beside videos and prompts."""
+    return {**clip.facts, "metric": "CLIPSIM", "version": VERSION, "scale": 100, "frames": "all"}
+
+
+def of_folders(
+    clip: Clip,
+    folders: Sequence[Path],
+    *,
+    prompts: Path | None = None,
+    mixed: bool = False,
+    keep: Path | None = None,
+    progress: Progress = silent,
+) -> Scored:
+    """The similarity of each folder's videos to their prompts, which ``folders.prompted`` finds; kept in ``keep``.
+
+    Raises ValueError where folders have different prompts, whose figures do not compare, unless ``mixed`` is said.
+    """
+    reels = [prompted(folder, prompts) for folder in dict.fromkeys(folders)]
+    check_counts({str(one.place): len(one.files) for one in reels}, mixed)
+    if len({said_hash(one) for one in reels}) > 1 and not mixed:
+        raise ValueError(
+            f"{reels[0].place} and others have different prompts, so their figures do not compare; ask all for the "
+            "same, or say mixed"
+        )
+    return of_reels(clip, reels, keep=keep, progress=progress)
+
+
+def of_reels(clip: Clip, reels: Sequence[Reel], *, keep: Path | None = None, progress: Progress = silent) -> Scored:
+    """The same of videos whose prompts are known."""
+    scores, met, remarks = {}, {}, []
+    for one in reels:
+        name, about = str(one.place), {"prompts": said_hash(one)}
+        measure = partial(similarities, clip, prompts=one.prompts, names=one.files)
+        asked = {**facts(clip), "prompts": one.prompts}
+        values, met[name] = measured(one, asked, measure, keep=keep, progress=progress)
+        make = partial(clipsim, values, clip, about=about)
+        scores[name] = [kept_score(keep, {**facts(clip), **about}, [values], make)]
+        remarks += one.remarks
+    return Scored(scores, remarks + mixtures(met), {})
+
+
+def said_hash(one: Reel) -> str:
+    """Of the prompts, whatever their order."""
+    return facts_hash({"prompts": sorted(one.prompts)})
 
 
 def pixels(frames: np.ndarray, side: int = 224) -> Tensor:

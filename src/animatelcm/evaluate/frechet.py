@@ -1,4 +1,8 @@
-"""The Frechet distance of two sets of features, each taken for a Gaussian (Dowson & Landau 1982), in float64."""
+"""The Frechet distance of two sets of features, each taken for a Gaussian (Dowson & Landau 1982), in float64.
+
+Fewer features than dimensions are no special case: traces come from singular values of what there is, which are the
+roots of the eigenvalues, and nothing is added to a diagonal. ``Gaussian.rank`` says how much of a covariance is known.
+"""
 
 from __future__ import annotations
 

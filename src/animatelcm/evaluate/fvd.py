@@ -3,13 +3,16 @@
 A video is its first 16 frames, each squeezed to 224x224: bilinear, align_corners=False, without antialiasing, both
 sides apart, in [-1, 1] without rounding: what the PyTorch ports of FVD do where they keep no shape. Frames are taken as
 they come; whoever wants another part, rate or crop gives other frames. Papers compare 2,048 with 2,048 videos; fewer
-give a larger distance, whatever the model.
+give a larger distance, whatever the model. 400 videos or fewer have covariances without full rank: their distance is
+computed exactly all the same (see ``frechet``), and a score says the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,25 +21,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatelcm.evaluate.bootstrap import interval
+from animatelcm.evaluate.folders import Reel, reel
 from animatelcm.evaluate.frechet import frechet_distance, gaussian
 from animatelcm.evaluate.i3d import CLASSES, Detector
-from animatelcm.evaluate.score import Score
+from animatelcm.evaluate.judge import Progress, silent
+from animatelcm.evaluate.score import Score, Scored, check_counts
+from animatelcm.evaluate.viewing import Looks, kept_score, measured, mixtures
 from animatelcm.images import checked_pixels
 
 VERSION = 1  # of the protocol: to be raised by whoever changes what the figure is
-FRAMES, SIDE = 16, 224
+FRAMES, SIDE, PAPERS = 16, 224, 2048
 RESIZE = "bilinear 224x224, align_corners=False, antialias=False, aspect not kept"
 
 
-def features(detector: Detector, videos: Iterable[np.ndarray], *, batch: int = 4) -> Tensor:
+def features(
+    detector: Detector, videos: Iterable[np.ndarray], *, batch: int = 4, names: Sequence[object] | None = None
+) -> Tensor:
     """Videos uint8 (F, H, W, 3), of any sizes, one ``batch`` at a time -> logits float32 (N, 400) on the CPU.
 
-    Raises ValueError naming a video, counted from 0, that has fewer than 16 frames or whose logits are not finite.
+    Raises ValueError naming a video, by ``names`` or counted from 0, that has fewer than 16 frames or whose logits are
+    not finite.
     """
-    rows, stream = [torch.empty(0, CLASSES)], _pixels_of(videos)
+    called = (f"video {number}" for number in count()) if names is None else iter(names)
+    rows, stream = [torch.empty(0, CLASSES)], _pixels_of(videos, called)
     while group := list(islice(stream, batch)):
-        start = sum(map(len, rows))
-        rows.append(_logits(detector, torch.stack(group), start))
+        rows.append(_logits(detector, group))
     return torch.cat(rows)
 
 
@@ -48,6 +57,7 @@ def fvd(
     about: Mapping[str, Any] | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Score:
     """The distance of features (N, 400) and (M, 400), in squared logits, with its 95 % interval over both sets.
 
@@ -55,23 +65,70 @@ def fvd(
     it goes into the protocol's hash. 1,000 resamples of 2,048 videos take a minute of a processor.
     """
     a, b = gaussian(real), gaussian(generated)
-    value = frechet_distance(a, b)
+    value, drawn = frechet_distance(a, b), count(1)
+
+    def again(real: Tensor, generated: Tensor) -> float:
+        progress("interval", next(drawn), resamples)
+        return frechet_distance(gaussian(real), gaussian(generated))
+
     return Score(
         metric="FVD",
         value=value,
-        interval=interval(_distance, real.double(), generated.double(), value=value, resamples=resamples, seed=seed),
+        interval=interval(again, real.double(), generated.double(), value=value, resamples=resamples, seed=seed),
         n={"real": a.n, "generated": b.n},
         rank={"real": a.rank, "generated": b.rank},
-        facts={
-            **(about or {}),
-            **detector.facts,
-            "metric": "FVD",
-            "version": VERSION,
-            "frames": f"the first {FRAMES}",
-            "resize": RESIZE,
-            "n": [a.n, b.n],
-        },
+        facts={**(about or {}), **facts(detector), "n": [a.n, b.n]},
     )
+
+
+def facts(detector: Detector) -> dict[str, Any]:
+    """What features depend on beside the videos."""
+    known = {"metric": "FVD", "version": VERSION, "frames": f"the first {FRAMES}", "resize": RESIZE}
+    return {**detector.facts, **known}
+
+
+def of_folders(
+    detector: Detector,
+    real: Path,
+    generated: Sequence[Path],
+    *,
+    limit: int = PAPERS,
+    seed: int = 0,
+    mixed: bool = False,
+    keep: Path | None = None,
+    progress: Progress = silent,
+) -> Scored:
+    """The distance from the videos of ``real`` to those of each folder, ``limit`` of each drawn by ``seed``.
+
+    Places are what ``folders.reel`` reads. Features and intervals are kept in ``keep``. Raises ValueError where folders
+    have different numbers of videos, unless ``mixed`` is said.
+    """
+    truth, *others = (reel(place, limit, seed) for place in (real, *dict.fromkeys(generated)))
+    check_counts({str(one.place): len(one.files) for one in others}, mixed)
+    options = {"frames": FRAMES, "keep": keep, "progress": progress}
+
+    def seen(one: Reel) -> tuple[Tensor, Looks]:
+        return measured(one, facts(detector), partial(features, detector, names=one.files), **options)
+
+    (expected, looks), scores = seen(truth), {}
+    about, met = {"real": looks.contents}, {f"real, {truth.place}": looks}
+    for one in others:
+        found, met[str(one.place)] = seen(one)
+        make = partial(fvd, expected, found, detector, about=about, progress=progress)
+        scores[str(one.place)] = [kept_score(keep, {**facts(detector), **about}, [expected, found], make)]
+    return Scored(scores, mixtures(met) + remarks(scores), {})
+
+
+def remarks(scores: Mapping[str, Sequence[Score]]) -> list[str]:
+    """What is to be said of distances between fewer videos than papers take, or than there are features."""
+    said = []
+    for name, score in ((name, score) for name, several in scores.items() for score in several if score.rank):
+        if (n := min(score.n.values())) < PAPERS:
+            said.append(f"{name}: n = {n:,} where papers use {PAPERS:,}: not comparable with their figures")
+        if min(score.rank.values()) < CLASSES:
+            ranks = ", ".join(f"{kind} {rank}" for kind, rank in score.rank.items())
+            said.append(f"{name}: covariances of rank {ranks}, not {CLASSES}: the fewer videos, the larger the figure")
+    return said
 
 
 def pixels(video: np.ndarray) -> Tensor:
@@ -83,26 +140,21 @@ def pixels(video: np.ndarray) -> Tensor:
     return frames.transpose(0, 1) / 127.5 - 1
 
 
-def _distance(real: Tensor, generated: Tensor) -> float:
-    return frechet_distance(gaussian(real), gaussian(generated))
-
-
-def _pixels_of(videos: Iterable[np.ndarray]) -> Iterator[Tensor]:
-    for number, video in enumerate(videos):
+def _pixels_of(videos: Iterable[np.ndarray], names: Iterator[object]) -> Iterator[tuple[object, Tensor]]:
+    for video in videos:
+        name = next(names)
         try:
-            yield pixels(video)
+            yield name, pixels(video)
         except ValueError as error:
-            raise ValueError(f"video {number}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
 
 
-def _logits(detector: Detector, group: Tensor, start: int) -> Tensor:
+def _logits(detector: Detector, group: Sequence[tuple[object, Tensor]]) -> Tensor:
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        logits = detector.logits(group.to(detector.device)).float().cpu()
+        logits = detector.logits(torch.stack([seen for _, seen in group]).to(detector.device)).float().cpu()
     if logits.shape != (len(group), CLASSES):
         raise ValueError(f"I3D's logits have the shape {tuple(logits.shape)}, not (N, {CLASSES}); give Kinetics-400's")
     bad = (~logits.isfinite().all(dim=1)).nonzero()
     if len(bad):
-        raise ValueError(
-            f"video {start + int(bad[0])}: its logits are NaN or infinite; look at its frames and the weights"
-        )
+        raise ValueError(f"{group[int(bad[0])][0]}: its logits are NaN or infinite; look at its frames and the weights")
     return logits

@@ -126,11 +126,15 @@ class Detector(NamedTuple):
     """Which one: the kind of file, the SHA-256 of its bytes, epsilon where the file does not hold it."""
 
 
+PAGES = (b"<!doctype", b"<html", b"<?xml")
+
+
 def load_i3d(
     source: str | Path, *, sha256: str | None = None, epsilon: float = 1e-3, device: str | torch.device = "cpu"
 ) -> Detector:
-    """A trained network from a path, or an http(s) address, which needs the file's ``sha256``; it is kept in torch's
-    cache. ``epsilon`` is for tensors by name alone (see above).
+    """A trained network from a path, or an http(s) address; that is kept in torch's cache. An address and a program
+    need the file's ``sha256``: what comes from elsewhere, or runs here, is to be what was meant. ``epsilon`` is for
+    tensors by name alone (see above).
 
     Raises ValueError where the file is missing, has another hash, or holds no I3D for Kinetics-400.
     """
@@ -139,6 +143,11 @@ def load_i3d(
     found = _checked(path, wanted)
     device = torch.device(device)
     if _is_program(path):
+        if not wanted:
+            raise ValueError(
+                f"{path} is a program, which could do anything: find out where it is from, and give its SHA-256 "
+                f"(sha256sum {path} prints it), or give tensors by name"
+            )
         return Detector(_program(path, device), device, {"network": "I3D, TorchScript", "weights": found})
     network = _network(path, epsilon).to(device)
     return Detector(network, device, {"network": "I3D", "weights": found, "epsilon": epsilon})
@@ -146,6 +155,9 @@ def load_i3d(
 
 def _checked(path: Path, wanted: str | None) -> str:
     found = sha256(path)
+    with path.open("rb") as file:
+        if file.read(64).lstrip().lower().startswith(PAGES):
+            raise ValueError(f"{path} is a web page, as failed downloads leave them; fetch the file itself")
     if wanted and found != wanted:
         raise ValueError(
             f"{path} has the SHA-256 {found}, and {wanted} is asked for; fetch it again, or ask for that one"

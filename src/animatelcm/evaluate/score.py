@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from animatelcm.evaluate.bootstrap import Interval
 from animatelcm.evaluate.report import comparable, facts_hash
@@ -34,6 +34,28 @@ class Score:
         """As JSON's types, with the protocol's hash."""
         return {**asdict(self), "interval": self.interval._asdict(), "protocol": self.protocol}
 
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Score:
+        """What ``to_json`` gave; keys beside it say nothing. Raises KeyError or TypeError where one is missing."""
+        fields = {name: said[name] for name in ("metric", "value", "n", "rank", "facts")}
+        return cls(**fields, interval=Interval(**said["interval"]))
+
+
+class Scored(NamedTuple):
+    """All that one command measured."""
+
+    scores: dict[str, list[Score]]
+    """By what was scored."""
+    remarks: list[str]
+    """Sentences that a figure is not to be read without."""
+    about: dict[str, Any]
+    """What else is to be written down, as JSON's types."""
+
+    def to_json(self) -> dict[str, Any]:
+        """``scores``, each with what it is ``of``, and ``remarks``."""
+        listed = [{"of": name, **score.to_json()} for name, several in self.scores.items() for score in several]
+        return {"scores": listed, "remarks": self.remarks, **self.about}
+
 
 def score_table(scores: Mapping[str, list[Score]], *, mixed: bool = False) -> str:
     """Markdown, a line a score, of scores by what was scored. ``mixed`` admits several protocols of one metric, and
@@ -58,3 +80,13 @@ def _cells(name: str, score: Score) -> list[str]:
     ranks = " / ".join(str(rank) for rank in score.rank.values()) if score.rank else "-"
     spread = f"{low:.4g} .. {high:.4g} ({level:.0%})"
     return [name.replace("|", "\\|"), score.metric, f"{score.value:.4g}", spread, counts, ranks]
+
+
+def check_counts(counts: Mapping[str, int], mixed: bool = False) -> None:
+    """Raises ValueError for sets of several sizes, unless ``mixed`` is said: the same as ``score_table``, yet before
+    anything is measured. And where there are none."""
+    if not counts:
+        raise ValueError("there is nothing to measure; give a folder of videos")
+    if len(set(counts.values())) > 1 and not mixed:
+        named = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"figures of different counts of videos ({named}) do not compare; take as many, or say mixed")

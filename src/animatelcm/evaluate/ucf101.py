@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from animatelcm import video
+from animatelcm.evaluate.folders import chosen
 from animatelcm.evaluate.report import facts_hash, write_json
 from animatelcm.hub import ASSETS
 from animatelcm.rng import generator
@@ -80,7 +81,7 @@ def videos(folder: Path, split: str = "") -> list[str]:
 
     Raises ValueError where the layout is another one, or a list or a listed file is missing.
     """
-    root = _root(folder)
+    root = root_of(folder)
     found = [
         f"{name}/{path.name}" for name in CAPTIONS for path in root.glob(f"{name}/*") if _FILE.fullmatch(path.name)
     ]
@@ -97,7 +98,7 @@ def videos(folder: Path, split: str = "") -> list[str]:
     return sorted(listed)
 
 
-def _root(folder: Path) -> Path:
+def root_of(folder: Path) -> Path:
     """The folder that holds the classes'."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give that of UCF-101, with {_LAYOUT}")
@@ -119,15 +120,6 @@ def _listed(folder: Path, root: Path, split: str) -> set[str]:
     raise ValueError(f"there is no {name} beside {root}; unpack the official lists there, or draw from all videos")
 
 
-def chosen(files: Sequence[str], n: int = PAPERS_DRAW, seed: int = 0) -> list[str]:
-    """``n`` of the files by chance, or all in a random order where there are not so many: also for generated ones."""
-    return sorted(files, key=lambda file: (float(torch.rand((), generator=_source(seed, file, "order"))), file))[:n]
-
-
-def _source(seed: int, file: str, use: str) -> torch.Generator:
-    return generator(seed, 0, 0, f"ucf101-{use}/{file}")
-
-
 def draws(
     folder: Path, n: int = PAPERS_DRAW, frames: int = 16, seed: int = 0, *, stride: int = 1, split: str = ""
 ) -> Draws:
@@ -137,7 +129,7 @@ def draws(
     """
     if min(n, frames, stride) < 1:
         raise ValueError(f"n={n}, frames={frames}, stride={stride}: 1 at least is needed of each")
-    names, root = videos(folder, split), _root(folder)
+    names, root = videos(folder, split), root_of(folder)
     clips: list[Draw] = []
     skipped: dict[str, str] = {}
     for file in chosen(names, len(names), seed):
@@ -159,7 +151,8 @@ def _draw(root: Path, file: str, span: int, seed: int) -> Draw:
     count = video.probe(root / file).num_frames
     if count < span:
         raise ValueError(f"{count} frames, {span} are needed")
-    return Draw(file, int(torch.randint(count - span + 1, (), generator=_source(seed, file, "start"))))
+    source = generator(seed, 0, 0, f"ucf101-start/{file}")
+    return Draw(file, int(torch.randint(count - span + 1, (), generator=source)))
 
 
 def clips(folder: Path, drawn: Draws) -> Iterator[np.ndarray]:
@@ -167,7 +160,7 @@ def clips(folder: Path, drawn: Draws) -> Iterator[np.ndarray]:
 
     Raises ValueError naming a file that ends too early or fails to decode: remove it, and draw again.
     """
-    root = _root(folder)
+    root = root_of(folder)
     for file, start in drawn.clips:
         yield video.read(root / file, num_frames=drawn.frames, stride=drawn.stride, start=start).frames
 

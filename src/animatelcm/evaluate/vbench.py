@@ -1,4 +1,4 @@
-"""VBench (Huang et al. 2024): which videos it wants, the tool itself in its own environment, and its scores.
+"""VBench (Huang et al. 2024): which videos it wants, and the tool itself in its own environment.
 
 The tool (``pip install vbench``, read here as of 0.1.5) pins an old transformers and numpy below 2, loads pickles and
 runs on CUDA alone, so it lives in an environment of its own and is called as a program.
@@ -16,22 +16,23 @@ What its results hang on, and what is done about it here:
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from animatelcm.evaluate.judge import Progress, silent
 from animatelcm.evaluate.report import facts_hash, write_json
 from animatelcm.evaluate.rows import link
+from animatelcm.evaluate.vbench_scores import ALL, DIMENSIONS, RESULTS, read_raw
 
 SAMPLES = 5
 """Videos a prompt, index 0 to 4."""
 FLICKERING = "temporal_flickering"
+SUITE = "VBench_full_info.json"
 FLICKERING_SAMPLES = 25
 """Of which those without motion are kept."""
 SETTINGS = {
@@ -41,39 +42,6 @@ SETTINGS = {
     "negative_prompt": "bad quality, worse quality, low resolution",
 }
 """Of the published AnimateLCM row (VBench's ``sampled_videos/README.md``); its guidance is not said there."""
-RESULTS = "_eval_results.json"
-QUALITY_SHARE, SEMANTIC_SHARE = 4, 1
-
-
-class Dimension(NamedTuple):
-    """What a raw score, 0..1, counts for: (raw - low) / (high - low), by ``weight`` within its group."""
-
-    group: str
-    low: float = 0.0
-    high: float = 1.0
-    weight: float = 1.0
-
-
-DIMENSIONS = {
-    "subject_consistency": Dimension("quality", 0.1462),
-    "background_consistency": Dimension("quality", 0.2615),
-    "temporal_flickering": Dimension("quality", 0.6293),
-    "motion_smoothness": Dimension("quality", 0.706, 0.9975),
-    "dynamic_degree": Dimension("quality", weight=0.5),
-    "aesthetic_quality": Dimension("quality"),
-    "imaging_quality": Dimension("quality"),
-    "object_class": Dimension("semantic"),
-    "multiple_objects": Dimension("semantic"),
-    "human_action": Dimension("semantic"),
-    "color": Dimension("semantic"),
-    "spatial_relationship": Dimension("semantic"),
-    "scene": Dimension("semantic", high=0.8222),
-    "appearance_style": Dimension("semantic", 0.0009, 0.2855),
-    "temporal_style": Dimension("semantic", high=0.364),
-    "overall_consistency": Dimension("semantic", high=0.364),
-}
-"""Figures of VBench's ``scripts/constant.py``, in the order of its leaderboard."""
-ALL = tuple(DIMENSIONS)
 
 
 # What is asked for
@@ -88,18 +56,19 @@ class Entry(NamedTuple):
 
 
 def suite(path: Path) -> list[Entry]:
-    """The entries of a ``VBench_full_info.json``, in its order.
+    """The entries of a ``VBench_full_info.json``, or of the folder with it, in its order.
 
     Raises ValueError where the file is another one, or a prompt cannot be the name of a file.
     """
+    path = path / SUITE if path.is_dir() else path
     try:
         entries = [_entry(facts) for facts in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is no prompt suite of VBench ({error}); give the VBench_full_info.json that comes with the tool"
+            f"{path} is no prompt suite of VBench ({error}); give the {SUITE} that comes with the tool"
         ) from error
     if not entries:
-        raise ValueError(f"{path} holds no prompts; give the VBench_full_info.json that comes with the tool")
+        raise ValueError(f"{path} holds no prompts; give the {SUITE} that comes with the tool")
     return entries
 
 
@@ -130,7 +99,7 @@ def plan(
     The seed is ``seed`` and the file's place among those of the whole suite, so a file has the same one whichever
     dimensions are asked for.
     """
-    _check(dimensions)
+    check_dimensions(dimensions)
     merged: dict[str, set[str]] = {}
     for entry in entries:
         merged.setdefault(entry.prompt, set()).update(entry.dimensions)
@@ -143,7 +112,8 @@ def plan(
     return rows
 
 
-def _check(dimensions: Sequence[str]) -> None:
+def check_dimensions(dimensions: Sequence[str]) -> None:
+    """Raises ValueError for one that VBench does not have, and for none."""
     if unknown := [name for name in dimensions if name not in DIMENSIONS]:
         raise ValueError(f"dimension {unknown[0]!r} is none of VBench's; choose {', '.join(ALL)}")
     if not dimensions:
@@ -173,8 +143,8 @@ def run(
     ``out / "logs"``; ``out / "run.json"`` says what was judged. Raises ValueError where the tool or all videos of a
     dimension are missing, before anything runs, or where a dimension came to no number.
     """
-    _check(dimensions)
-    program = _program(tool)
+    check_dimensions(dimensions)
+    program = find_tool(tool)
     order = sorted(dimensions, key=lambda name: name == FLICKERING)
     present = {name: [file for file in _files(entries, name) if (videos / file).is_file()] for name in order}
     if empty := [name for name in order if not present[name]]:
@@ -200,14 +170,18 @@ def _files(entries: Sequence[Entry], dimension: str) -> list[str]:
     return [file for entry in entries if dimension in entry.dimensions for file in names(entry)]
 
 
-def _program(tool: str | Path) -> Path:
+def find_tool(tool: str | Path) -> Path:
+    """The program of an environment. Raises ValueError where there is none, or a python that knows no VBench."""
     found = shutil.which(tool)
     if found is None:
         raise ValueError(
             f"there is no program {tool}; install VBench in an environment of its own (python -m venv vb; "
             "vb/bin/pip install vbench) and give vb/bin/vbench"
         )
-    return Path(found).absolute()  # and not resolved: an environment's python is a link
+    program = Path(found).absolute()  # and not resolved: an environment's python is a link
+    if program.name.startswith("python") and _version(program) == "unknown":
+        raise ValueError(f"{tool} knows no VBench; install it there ({tool} -m pip install vbench)")
+    return program
 
 
 def _furnish(room: Path, asked: Sequence[dict[str, Any]], files: Sequence[str], videos: Path) -> None:
@@ -234,7 +208,7 @@ def _judge(program: Path, dimension: str, room: Path, out: Path) -> int:
         raise ValueError(f"VBench found no video without motion for {dimension}: {_last(log)}; see {log}")
     words = ["evaluate", "--dimension", dimension, "--videos_path", shown, "--full_json_dir", "suite.json"]
     _call(program, [*words, "--output_path", f"../results/{dimension}"], room, log)
-    if dimension not in _raw(results):
+    if dimension not in read_raw(results):
         raise ValueError(f"VBench came to no result for {dimension}: {_last(log)}; see {log}")
     return count
 
@@ -260,81 +234,9 @@ def _last(log: Path) -> str:
 def _version(program: Path) -> str:
     """Of the tool, or "unknown"."""
     code = "import importlib.metadata as m; print(m.version('vbench'))"
+    python = program if program.name.startswith("python") else program.with_name("python")
     try:
-        asked = subprocess.run(
-            [program.with_name("python"), "-c", code], env=_environment(program), capture_output=True, text=True
-        )
+        asked = subprocess.run([python, "-c", code], env=_environment(program), capture_output=True, text=True)
     except OSError:
         return "unknown"
     return asked.stdout.strip() or "unknown"
-
-
-# Scores
-
-
-class Scores(NamedTuple):
-    """In percent, as the leaderboard prints them; None where a dimension that belongs to it is missing."""
-
-    quality: float | None
-    semantic: float | None
-    total: float | None
-    dimensions: dict[str, float]
-    """Raw scores of those there are, in the leaderboard's order."""
-
-
-def scores(path: Path) -> Scores:
-    """From a file of the tool's results, or all in a folder (``*_eval_results.json``).
-
-    Raises ValueError where there are none, where two files disagree, or where a score is no share of 1.
-    """
-    raw = _raw(path)
-    if not raw:
-        raise ValueError(f"{path} holds no results of VBench, *{RESULTS}; run it first")
-    quality, semantic = (_group(raw, group) for group in ("quality", "semantic"))
-    whole = None if quality is None or semantic is None else total(quality, semantic)
-    return Scores(quality, semantic, whole, {name: 100 * raw[name] for name in DIMENSIONS if name in raw})
-
-
-def total(quality: float, semantic: float) -> float:
-    """4 parts of quality and 1 of semantics, in the unit of both."""
-    return (QUALITY_SHARE * quality + SEMANTIC_SHARE * semantic) / (QUALITY_SHARE + SEMANTIC_SHARE)
-
-
-def _group(raw: Mapping[str, float], group: str) -> float | None:
-    """The weighted mean of a group's normalised scores, in percent."""
-    members = {name: dimension for name, dimension in DIMENSIONS.items() if dimension.group == group}
-    if members.keys() - raw.keys():
-        return None
-    points = [d.weight * (raw[name] - d.low) / (d.high - d.low) for name, d in members.items()]
-    return 100 * sum(points) / sum(d.weight for d in members.values())
-
-
-def _raw(path: Path) -> dict[str, float]:
-    """Dimension -> raw score, of a file or of all in a folder."""
-    if not path.exists():
-        raise ValueError(f"there is no file or folder {path}; run VBench first")
-    found: dict[str, tuple[float, Path]] = {}
-    for file in sorted(path.rglob(f"*{RESULTS}")) if path.is_dir() else [path]:
-        for name, score in _read(file):
-            known, where = found.setdefault(name, (score, file))
-            if known != score:
-                raise ValueError(f"{where} and {file} differ in {name} ({known}, {score}); leave one of them")
-    return {name: score for name, (score, _) in found.items()}
-
-
-def _read(file: Path) -> Iterator[tuple[str, float]]:
-    """A file's scores; names have underscores, or spaces as on the leaderboard."""
-    try:
-        fields = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} holds no results of VBench ({error}); remove it, and run the tool again") from error
-    for title, value in fields.items():
-        name = title.replace(" ", "_")
-        score = value[0] if isinstance(value, list) and value else value
-        if name not in DIMENSIONS:
-            raise ValueError(f"{file} has a score of {title!r}, none of VBench's sixteen dimensions; remove it")
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"{file} has {score} for {name}: the tool found no videos; check their names")
-        if abs(score) > 1.01:  # cosines may round to a little more than 1
-            raise ValueError(f"{file} has {score} for {name}; scores are shares of 1, not percent")
-        yield name, float(score)

@@ -1,0 +1,112 @@
+"""``animatelcm eval ucf101`` and ``vbench``: from a model to a table; wrong input is one sentence before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from animatelcm.bundle import save
+from animatelcm.evaluate import ucf101
+from test_evaluate_ucf101 import LENGTHS, avi
+from test_evaluate_vbench import SUITE, fake
+from test_evaluating import fails, program, run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> list[str]:
+    return program(tmp_path_factory.mktemp("weights") / "i3d_torchscript.pt")
+
+
+@pytest.fixture(scope="module")
+def model(fresh_model, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "model"
+    save(fresh_model, path, dtype=torch.float32)
+    return str(path)
+
+
+SMALL = ["--size", "32x32", "--settings", "steps=1", "guidance=1"]
+
+
+def test_ucf101_is_one_command(model, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ucf101, "CAPTIONS", {name: ucf101.CAPTIONS[name] for name in ("Archery", "YoYo")})
+    for name, count in LENGTHS.items():
+        avi(tmp_path / "UCF-101" / name, count)
+    words = ["ucf101", tmp_path, "--model", model, *weights, "--per-class", "1", *SMALL, "--out", tmp_path / "out"]
+    shown, said = run(words, capsys)
+    assert shown.splitlines()[2].startswith(f"| {model} | FVD | ")
+    assert "where the papers draw 2,048" in said
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["scores"][0]["n"] == {"real": 3, "generated": 2}
+    assert found["draw"]["videos"] == 3
+    assert set(found) >= {"scores", "remarks", "versions", "draw", "made"}
+    assert json.loads(run([*words, "--json"], capsys)[0]) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data"], "holds none of the 101 classes of UCF-101 but videos"),
+        (["--size", "big"], "--size 'big' is not WIDTHxHEIGHT"),
+        (["--settings", "frames=8"], "8 frames are too few for FVD"),
+        (["--per-class", "0"], "per_class=0"),
+        (["--sha256", ""], "is a program"),
+        (["--clip", "nowhere"], "no model 'nowhere'"),
+        (["--model", "nothing-here"], "nothing-here"),
+        (["--settings", "sampler=euler"], "euler"),
+    ],
+)
+def test_ucf101_refuses_before_anything_is_made(model, weights, tmp_path, capsys, flags, said):
+    avi(tmp_path / "Archery" / "v_Archery_g01_c01.avi", 20)
+    data = tmp_path
+    if flags == ["--data"]:
+        flags, data = [], tmp_path / "other"
+        (data / "videos").mkdir(parents=True)
+    words = ["ucf101", data, "--model", model, *weights, *SMALL, *flags, "--out", tmp_path / "out"]
+    assert said in fails(words, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def suite(tmp_path) -> Path:
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "VBench_full_info.json").write_text(json.dumps(SUITE[1:2]))
+    return tmp_path / "suite"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a script")
+def test_vbench_is_one_command(model, suite, tmp_path, capsys):
+    small = [*SMALL, "frames=2", "--dimensions", "subject_consistency"]
+    words = ["vbench", suite, "--model", model, *small, "--out", tmp_path / "out"]
+    shown, said = run(words, capsys)
+    assert "the same line with --python has VBench judge them" in shown
+    assert "not comparable with their figures" in said
+    names = sorted(path.name for path in (tmp_path / "out" / "videos").iterdir())
+    assert names == [f"a fox runs-{number}.mp4" for number in range(5)]
+    shown, _ = run([*words, "--python", fake(tmp_path)], capsys)
+    assert "| subject_consistency | 100.00 |" in shown
+    assert json.loads((tmp_path / "out" / "vbench.json").read_text())["dimensions"] == {"subject_consistency": 100}
+    found = json.loads(run(["vbench", "--score-only", tmp_path / "out" / "results", "--json"], capsys)[0])
+    assert (found["dimensions"], found["total"]) == ({"subject_consistency": 100}, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give VBench_full_info.json and --out for videos, or --score-only"),
+        (["suite"], "and --out for videos"),
+        (["absent", "--out", "out"], "is no prompt suite of VBench"),
+        (["suite", "--out", "out", "--dimensions", "speed"], "'speed' is none of VBench's"),
+        (["suite", "--out", "out", "--dimensions", "scene"], "no video is asked for"),
+        (["suite", "--out", "out", "--python", "no/python"], "there is no program no/python"),
+        (["--score-only", "suite"], "holds no results of VBench"),
+        (["--score-only", "absent"], "there is no file or folder absent"),
+    ],
+)
+def test_vbench_refuses_before_anything_is_made(suite, tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(["vbench", *words], capsys)
+    assert not (tmp_path / "out").exists()
