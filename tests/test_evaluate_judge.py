@@ -46,6 +46,22 @@ def test_exchanged_clips_show_other_subjects_and_motions(judge):
     assert one["fvd_like"] is None
 
 
+def test_intervals_hold_the_figure_and_are_as_wide_as_the_binomial_ones(judge):
+    shots, clips = real(PROTOCOL, "images")
+    swapped = [clips[i - 1] if i % 3 == 0 else clip for i, clip in enumerate(clips)]
+    figures = judge.figures("images", shots, swapped)
+    (low, high), share = figures["intervals"]["concept_accuracy"], figures["concept_accuracy"]
+    assert 0.5 < share < 1
+    assert (high - low) / 2 == pytest.approx(1.96 * (share * (1 - share) / len(shots)) ** 0.5, rel=0.15)
+    assert low <= share <= high
+    assert figures["intervals"].keys() == {"concept_accuracy"}
+    shots, clips = real(PROTOCOL)
+    figures = judge.figures("clips", shots, clips)
+    low, high = figures["intervals"]["fvd_like"]
+    assert low < figures["fvd_like"] < high
+    assert figures["intervals"]["motion_accuracy"] == (1, 1)
+
+
 def test_the_floor_is_the_distance_of_real_clips(judge):
     data = PROTOCOL.data(FLOOR_SEED, PROTOCOL.clips)
     assert judge.fvd_like([data[i].frames for i in range(12)]) == pytest.approx(judge.reference.floor, rel=1e-4)

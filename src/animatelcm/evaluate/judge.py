@@ -25,6 +25,7 @@ from torch import Tensor
 
 from animatelcm.data.emoji import BASE_STYLES, EmojiClips, Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SMALL_CONCEPTS, SpritePack
+from animatelcm.evaluate.bootstrap import interval
 from animatelcm.evaluate.concepts import ConceptClassifier
 from animatelcm.evaluate.features import JUDGED, SIDE, clip_features, network_hash
 from animatelcm.evaluate.frechet import Gaussian, frechet_distance, gaussian
@@ -150,15 +151,29 @@ class Judge:
 
     def fvd_like(self, clips: Sequence[np.ndarray]) -> float:
         """The distance of clips, uint8 (16, H, W, 3) each, to the real reference."""
-        return frechet_distance(gaussian(self._features(clips, "features", len(clips))), self.reference.real)
+        return self._distance(self._features(clips, "features", len(clips)))
+
+    def _distance(self, features: Tensor) -> float:
+        return frechet_distance(gaussian(features), self.reference.real)
 
     def figures(self, kind: Kind, shots: Sequence[Shot], clips: Sequence[np.ndarray]) -> dict[str, Any]:
         """The fields of a ``Row`` that judge clips by the shots they were asked for."""
         judged = np.concatenate([clip[JUDGED] for clip in clips])
         asked = [shot.slug for shot, clip in zip(shots, clips, strict=True) for _ in clip[JUDGED]]
-        concepts = _missed(asked, [self.classifier.concepts[i] for i in self.classifier.predict(judged)])
+        seen = [self.classifier.concepts[i] for i in self.classifier.predict(judged)]
+        concepts = _missed(asked, seen)
         named = [(shot.named, clip) for shot, clip in zip(shots, clips, strict=True) if shot.named]
-        motions = _missed([name for name, _ in named], [classify(clip) for _, clip in named])
+        shown = [classify(clip) for _, clip in named]
+        motions = _missed([name for name, _ in named], shown)
+        right = torch.tensor([a == b for a, b in zip(asked, seen, strict=True)]).double()
+        samples = {  # a row a clip
+            "concept_accuracy": right.view(len(clips), -1),
+            "motion_accuracy": torch.tensor([a == b for (a, _), b in zip(named, shown, strict=True)]).double(),
+        }
+        intervals = {name: _ends(lambda drawn: float(drawn.mean()), sample) for name, sample in samples.items()}
+        if kind == "clips":
+            features = self._features(clips, "features", len(clips))
+            intervals["fvd_like"] = _ends(self._distance, features, resamples=200)
         return {
             "n": len(clips),
             "concept_accuracy": 1 - concepts.total() / len(asked),
@@ -167,13 +182,22 @@ class Judge:
             "motion_accuracy": 1 - motions.total() / len(named) if named else None,
             "missed_motions": dict(motions.most_common(12)),
             "motion_amount": None if kind == "images" else self._motion_amount(shots, clips),
-            "fvd_like": self.fvd_like(clips) if kind == "clips" else None,
+            "fvd_like": self._distance(features) if kind == "clips" else None,
             "fvd_floor": self.reference.floor if kind == "clips" else None,
+            "intervals": {name: ends for name, ends in intervals.items() if ends},
         }
 
     def _motion_amount(self, shots: Sequence[Shot], clips: Sequence[np.ndarray]) -> float:
         real = fmean(motion_amount(drawn(shot, self.protocol.pack)) for shot in shots)
         return fmean(motion_amount(clip) for clip in clips) / real
+
+
+def _ends(statistic: Callable[[Tensor], float], sample: Tensor, resamples: int = 1000) -> tuple[float, float] | None:
+    """Of an interval over the rows of a sample; None where there are too few."""
+    if len(sample) < 2:
+        return None
+    found = interval(statistic, sample, resamples=resamples)
+    return found.low, found.high
 
 
 def _missed(asked: Sequence[str], seen: Sequence[str]) -> Counter[str]:

@@ -66,6 +66,8 @@ class Row:
     """The commonest mistakes, "asked -> seen", in frames."""
     missed_motions: dict[str, int] = field(default_factory=dict)
     """The same in clips."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Figure -> the ends of its 95 % interval over clips (``bootstrap``); the real ones stay as they are."""
 
 
 COLUMNS = {
@@ -102,7 +104,7 @@ def table(rows: Sequence[Row], *, mixed: bool = False) -> str:
     protocols = comparable([row.protocol for row in rows], mixed)
     steered = {name: title for name, title in STEERED.items() if any(getattr(row, name) is not None for row in rows)}
     columns = {**COLUMNS, **steered, **({"protocol": "protocol"} if mixed else {})}
-    lines = [[shown(name, getattr(row, name)).replace("|", "\\|") for name in columns] for row in rows]
+    lines = [[_with_interval(row, name).replace("|", "\\|") for name in columns] for row in rows]
     marks = ["---" if name in ("model", "kind", "setting", "protocol") else "---:" for name in columns]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in [list(columns.values()), marks, *lines])
     return drawn if mixed else f"{drawn}\n\nProtocol {', '.join(protocols)}."
@@ -128,6 +130,11 @@ def shown(name: str, value: str | float | None) -> str:
     if name in ("concept_accuracy", "motion_accuracy"):
         return f"{value:.1%}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _with_interval(row: Row, name: str) -> str:
+    ends = " .. ".join(shown(name, end) for end in row.intervals.get(name, ()))
+    return shown(name, getattr(row, name)) + (f" ({ends})" if ends else "")
 
 
 def command(row: Row, protocol: Mapping[str, Any], out: str) -> str:
@@ -170,8 +177,10 @@ def file_stem(setting: str) -> str:
 def read_row(path: Path) -> Row:
     """What ``write_json`` wrote of a row. Raises ValueError naming a file that holds none."""
     try:
-        return Row(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        ends = {name: (low, high) for name, (low, high) in said.pop("intervals", {}).items()}
+        return Row(**said, intervals=ends)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no row of figures ({error}); remove it to have it measured again") from error
 
 
