@@ -93,7 +93,7 @@ def few_steps(study: Study) -> Section:
             ours=f"{by_steps(ours)} against DDIM {by_steps(ddim)}, DPM++ {by_steps(dpm)}",
             holds=all_of(gains),
             n=four.n,
-            note="FVD-like over the floor; each baseline at the guidance that suits it best, where the papers take 7.5. "
+            note="FVD-like over the floor; each baseline at its best guidance, where the papers take 7.5. "
             f"Guidance doubles evaluations: with as many as ours, the better baseline has {' / '.join(fair)}",
         ),
         Claim(
