@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import results
 from animatelcm import training
-from animatelcm.evaluate.report import Row
 from animatelcm.planning import plan
 from animatelcm.reproduce import bias, learned, page, plots, sampled, study
 from animatelcm.reproduce.claims import Claim, Section, all_of, claims_table, share_deviation, verdict
@@ -19,24 +19,7 @@ from animatelcm.reproduce.study import QUICK, Sizes, Study
 from animatelcm.request import ModelSource
 from animatelcm.schedule import NoiseSchedule
 
-ROW = Row(
-    model="m",
-    fingerprint="f",
-    protocol="p",
-    kind="clips",
-    setting="lcm@4",
-    n=64,
-    evaluations=4,
-    seconds=0.5,
-    concept_accuracy=0.5,
-    named=40,
-    motion_accuracy=0.9,
-    motion_amount=1.0,
-    fvd_like=600.0,
-    fvd_floor=450.0,
-    control_error=0.2,
-    hardware="h",
-)
+ROW = replace(results.ROW, n=64, motion_accuracy=0.9, fvd_like=600.0, fvd_floor=450.0, control_error=0.2)
 CLAIM = Claim(claim="a | b", source="s", paper="1", ours="2", holds=True, n=3)
 
 

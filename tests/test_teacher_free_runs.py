@@ -105,15 +105,8 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("recipe", ADAPTERS.values(), ids=ADAPTERS.keys())
-def test_nobody_teaches_and_all_of_the_adapter_learns_and_nothing_else(recipe, bundle, tmp_path, monkeypatch):
-    config = _config(recipe, bundle, tmp_path)
-    model = stages.starting_model(config)
-    assert not model.teacher_motion
-    _shaken(model.adapters[config.adapter.name])
-    live = dict(stages.named_trainable(model, config))
-    assert all((".lora_" in name) == (config.lora is not None) for name in live)
-    state = SimpleNamespace(step=0, target=Ema(config.consistency.mu, live))
+def _step(config, model, state, monkeypatch) -> tuple[Roles, list[int]]:
+    """The gradients of one step; who took part, and the sizes of the batches that the network was asked."""
     met, asked, method = [], [], objectives.consistency
     monkeypatch.setattr(
         objectives,
@@ -124,7 +117,20 @@ def test_nobody_teaches_and_all_of_the_adapter_learns_and_nothing_else(recipe, b
     terms = stages.objective(config, model, state)(_batch(), DRAW)
     hook.remove()
     terms.loss.mean().backward()
-    assert met[0].teacher is None
+    return met[0], asked
+
+
+@pytest.mark.parametrize("recipe", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_nobody_teaches_and_all_of_the_adapter_learns_and_nothing_else(recipe, bundle, tmp_path, monkeypatch):
+    config = _config(recipe, bundle, tmp_path)
+    model = stages.starting_model(config)
+    assert not model.teacher_motion
+    _shaken(model.adapters[config.adapter.name])
+    live = dict(stages.named_trainable(model, config))
+    assert all((".lora_" in name) == (config.lora is not None) for name in live)
+    state = SimpleNamespace(step=0, target=Ema(config.consistency.mu, live))
+    roles, asked = _step(config, model, state, monkeypatch)
+    assert roles.teacher is None
     assert asked == [2, 2]  # student and target, no guidance
     for part, network in model.networks.items():
         for name, parameter in network.named_parameters():
@@ -294,15 +300,7 @@ def test_the_guide_is_the_image_model_and_the_student_the_few_step_one(bundle, t
     config = replace(config, consistency=replace(config.consistency, earlier="guided-noise", w_min=1.0, w_max=3.0))
     model, batch = stages.starting_model(config), _batch()
     state = SimpleNamespace(step=0, target=Ema(config.consistency.mu, dict(stages.named_trainable(model, config))))
-    met, asked, method = [], [], objectives.consistency
-    monkeypatch.setattr(
-        objectives,
-        "consistency",
-        lambda model, roles, *rest, **named: met.append(roles) or method(model, roles, *rest, **named),
-    )
-    hook = model.unet.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
-    stages.objective(config, model, state)(batch, DRAW).loss.mean().backward()
-    hook.remove()
+    roles, asked = _step(config, model, state, monkeypatch)
     assert asked == [2, 4, 2]  # student; guide, without and with text; target
     learned = {name for name, p in model.adapters["edge"].named_parameters() if p.grad is not None}
     assert learned
@@ -310,13 +308,13 @@ def test_the_guide_is_the_image_model_and_the_student_the_few_step_one(bundle, t
     assert all(parameter.grad is None for parameter in model.unet.parameters())
     text, t, clues = model.embed(batch.captions), torch.tensor([40, 900]), Clues(maps=batch.maps)
     with torch.no_grad():
-        said = met[0].guide(batch.latents, t, text, motion=False, clues=clues)
+        said = roles.guide(batch.latents, t, text, motion=False, clues=clues)
         base = load(bundle, image_scale=0.0).unet
         assert torch.allclose(said, base(batch.latents, t, text, motion=False), atol=1e-5)
         fast = load(bundle)
         hints = Adapter(fast.adapters["edge"])(batch.latents, t, text, clues)  # a fresh LoRA changes nothing
         wanted = fast.unet(batch.latents, t, motion=True, **hints.arguments(text))
-        assert torch.allclose(met[0].student(batch.latents, t, text, motion=True, clues=clues), wanted, atol=1e-4)
+        assert torch.allclose(roles.student(batch.latents, t, text, motion=True, clues=clues), wanted, atol=1e-4)
         assert (said - wanted).abs().max() > 1e-2
 
 
