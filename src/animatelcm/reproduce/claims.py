@@ -83,7 +83,7 @@ def claims_table(claims: Sequence[Claim]) -> str:
     head = "| claim | where | paper | the miniature | holds | n |\n|---|---|---|---|---|--:|\n"
     lines = []
     for claim in claims:
-        ours = f"{claim.ours}. {claim.note}" if claim.note else claim.ours
+        ours = f"{claim.ours}; {claim.note}" if claim.note else claim.ours
         cells = (claim.claim, claim.source, claim.paper, ours, WORDS[claim.holds], str(claim.n))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
     return head + "".join(lines)
