@@ -17,7 +17,9 @@ def test_the_rivals_parts_are_copies_that_compute_the_same(fresh_model):
         tokens = pipe.tokenizer(TEXTS, **options).input_ids
         assert torch.equal(tokens, model.tokens(TEXTS))
         assert torch.allclose(pipe.text_encoder(tokens).last_hidden_state, model.embed(TEXTS), atol=1e-5)
-        assert torch.allclose(pipe.vae.decode(latents).sample, model.vae.decode(latents), atol=1e-5)
+        theirs, ours = pipe.vae.decode(latents).sample, model.vae.decode(latents)
+        assert (theirs - ours).norm() <= 1e-5 * ours.norm()
+        assert torch.allclose(theirs, ours, atol=1e-4)  # rounding, which depends on the threads
     ours = {value.data_ptr() for network in model.networks.values() for value in network.parameters()}
     theirs = {
         value.data_ptr() for network in (pipe.vae, pipe.text_encoder, pipe.unet) for value in network.parameters()

@@ -92,7 +92,7 @@ def test_without_a_protocol_they_are_named(words, capsys):
 
 def test_the_lines_of_the_page_about_it_parse(monkeypatch):
     ran = []
-    for verb in (cli.VERBS["batch"], *cli.PROTOCOLS.values()):
+    for verb in (*cli.VERBS.values(), *cli.PROTOCOLS.values()):
         monkeypatch.setattr(verb, "run", lambda self: ran.append(self))
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
     lines = [line for line in page.splitlines() if line.startswith("animatelcm ")]
