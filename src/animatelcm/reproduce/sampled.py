@@ -108,7 +108,9 @@ def few_steps(study: Study) -> Section:
             ours=by_steps(ours),
             holds=False if False in falls else True in falls or None,
             n=four.n,
-            note="no step is worse, and one at least is better, beyond chance" if False not in falls else "",
+            note="no step is worse, one at least is better, beyond chance"
+            if True in falls and False not in falls
+            else "",
         ),
         Claim(
             claim="four evaluations without guidance keep the quality of many with it",
