@@ -31,7 +31,7 @@ class Section:
     scores: list[dict[str, Any]] = field(default_factory=list)
     """As ``Score.to_json`` has them; "of" says what was scored, where a file tells several apart."""
     claims: list[dict[str, Any]] = field(default_factory=list)
-    """claim, source, paper, ours, holds (None: not measured), n, note."""
+    """claim, source, paper, ours, holds (None: not told), n, note."""
     clips: list[Clip] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)

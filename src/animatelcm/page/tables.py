@@ -152,7 +152,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> Markup:
             value = claim.get(name)
             if name == "holds":
                 kind, said = (
-                    VERDICTS.get(value, ("open-claim", "not measured"))
+                    VERDICTS.get(value, ("open-claim", "not told apart"))
                     if value is None or isinstance(value, bool)
                     else ("", "")
                 )
