@@ -202,7 +202,11 @@ def test_claims_come_first_and_say_what_holds(tmp_path):
     found = shown(tmp_path)
     assert found.all("h1")[0]["text"] == "The paper"
     first = found.all("table")[0]
-    assert [about["text"][2:] for about in found.all("span", within=first)] == ["holds", "does not hold", "t told apart"]
+    assert [about["text"][2:] for about in found.all("span", within=first)] == [
+        "holds",
+        "does not hold",
+        "t told apart",
+    ]
     assert [about["text"] for about in found.all("th", within=first)[7:]] == ["few steps suffice"] * 3
     assert [about["src"] for about in found.all("img")] == ["b/curve.png"]
 
