@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from animatelcm.evaluate.report import Row, table
+from animatelcm.evaluate.report import Row
 
 WORDS = {True: "yes", False: "**no**", None: "not told apart"}
 
@@ -71,11 +71,6 @@ def by_steps(rows: Sequence[Row], figure: str = "excess") -> str:
     if figure == "excess":
         return " / ".join(f"{excess(row):.0f}" for row in rows)
     return " / ".join(f"{100 * getattr(row, figure):.0f}" for row in rows)
-
-
-def rows_table(rows: Sequence[Row]) -> str:
-    """Markdown of rows that may be of several folders, but of one protocol."""
-    return table(list(rows))
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

@@ -8,13 +8,13 @@ from functools import partial
 
 from animatelcm import recipes
 from animatelcm.config import ConsistencyConfig, TrainConfig
+from animatelcm.evaluate.report import table
 from animatelcm.planning import plan
 from animatelcm.reproduce import bias, plots
 from animatelcm.reproduce.claims import (
     Claim,
     Section,
     excess,
-    rows_table,
     verdict,
 )
 from animatelcm.reproduce.sampled import deviation
@@ -84,7 +84,7 @@ def ablations(study: Study) -> Section:
     runs = {name: study.out / "runs" / name / "metrics.jsonl" for name in ("full", "direct", "coupled")}
     plots.losses(study.out / "ablation-losses.png", runs)
     plots.few_steps(study.out / "ablations.png", rows, None, noise / 2**0.5)
-    text = "\n\n".join(f"`{name}`:\n\n{rows_table(found)}" for name, found in rows.items())
+    text = "\n\n".join(f"`{name}`:\n\n{table(found)}" for name, found in rows.items())
     return Section(title="Ablations", claims=claims, text=text, plots=["ablations.png", "ablation-losses.png"])
 
 
@@ -105,7 +105,7 @@ def images_first(study: Study) -> Section:
         n=first[at].n,
         note="equal operations",
     )
-    text = f"Images first:\n\n{rows_table(first)}\n\nFrom scratch:\n\n{rows_table(scratch)}"
+    text = f"Images first:\n\n{table(first)}\n\nFrom scratch:\n\n{table(scratch)}"
     return Section(title="Images first, or from scratch", claims=[claim], text=text)
 
 
@@ -163,7 +163,7 @@ def adaptation(study: Study) -> Section:
             f"{led.control_error:.3f} and {led.concept_accuracy:.0%}",
         ),
     ]
-    lines = "\n\n".join(f"{name}:\n\n{rows_table([row])}" for name, row in rows.items())
+    lines = "\n\n".join(f"{name}:\n\n{table([row])}" for name, row in rows.items())
     return Section(title="Adapters without a teacher", claims=claims, text=lines)
 
 
