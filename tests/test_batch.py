@@ -1,10 +1,9 @@
+"""Videos of a batch: each row is what ``generate`` makes of it, made once, and no run loses more than is in flight."""
+
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,27 +17,15 @@ import torch
 
 from animatelcm import batch, cli, decoding, images, video
 from animatelcm.bundle import save
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import drafts
+from batch_runs import SMALL, SOURCE, hashes, lines, runner, six_prompts
 from test_condition import beside, clip
-
-SMALL = ("frames=2", "steps=1", "guidance=1")
-SOURCE = ModelSource()
-
-
-def _lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / batch.MANIFEST).read_text().splitlines()]
-
-
-def _hashes(out: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("0*")}
 
 
 @pytest.fixture
 def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a parrot\na fox\n\na cat\na dog\na robot\na ghost\n")
-    return path
+    return six_prompts(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -48,107 +35,7 @@ def about(fresh_model):
 
 @pytest.fixture
 def go(fresh_model, about, tmp_path):
-    """Run the rows of a file into tmp_path/out."""
-
-    def run(path: Path, *settings: str, seed: int = 0, out: Path = tmp_path / "out", **options) -> batch.Counts:
-        rows = batch.read_rows(path, seed=seed, settings=(*SMALL, *settings))
-        options = {"about": about, "engine": batch.here(fresh_model, SOURCE), "suffix": ".webp"} | options
-        return batch.run(rows, out, **options)
-
-    return run
-
-
-# Rows
-
-
-def test_three_formats_say_the_same(tmp_path):
-    (tmp_path / "a.txt").write_text("a fox, running\r\n\n  a cat \n")
-    (tmp_path / "a.csv").write_text('\ufeffprompt,steps\n"a fox, running",\na cat,\n')
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a fox, running"}\n\n{"prompt": "a cat", "steps": null}\n')
-    rows = [batch.read_rows(tmp_path / f"a.{kind}", seed=7) for kind in ("txt", "csv", "jsonl")]
-    assert rows[0] == rows[1] == rows[2]
-    assert [row.request for row in rows[0]] == [
-        SampleRequest(prompt="a fox, running", seed=7),
-        SampleRequest(prompt="a cat", seed=8),
-    ]
-
-
-def test_a_row_sets_any_field_and_comes_before_what_holds_for_all(tmp_path):
-    wanted = SampleRequest(
-        prompt="a fox",
-        num_inference_steps=3,
-        guidance_scale=2.0,
-        seed=9,
-        sampler="ddim",
-        control=("edge=a b.mp4:0.5", "pose=map:c.mp4"),
-    )
-    (tmp_path / "a.csv").write_text(
-        "prompt,steps,guidance_scale,seed,sampler,control\n"
-        "a fox,3,2,9,ddim,\"'edge=a b.mp4:0.5' pose=map:c.mp4\"\na cat,,,,,\n"
-    )
-    fields = {"prompt": "a fox", "num_inference_steps": 3, "guidance": 2, "seed": 9, "sampler": "ddim"}
-    fields["control"] = ["edge=a b.mp4:0.5", "pose=map:c.mp4"]
-    (tmp_path / "a.jsonl").write_text(json.dumps(fields) + '\n{"prompt": "a cat"}\n')
-    for kind in ("csv", "jsonl"):
-        first, second = batch.read_rows(tmp_path / f"a.{kind}", settings=("steps=5", "spacing=trailing"))
-        assert first.request == replace(wanted, spacing="trailing")
-        assert second.request == SampleRequest(prompt="a cat", num_inference_steps=5, spacing="trailing", seed=1)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "settings", "named"),
-    [
-        ("a.csv", "prompt,stpes\na fox,3\n", (), "column 'stpes' is no setting"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a", "sede": 1}', (), "column 'sede' is no setting"),
-        ("a.txt", "a fox", ("stpes=3",), "'stpes=' is not NAME=VALUE"),
-        ("a.txt", "a fox", ("steps",), "'steps' is not NAME=VALUE"),
-        ("a.txt", "a fox", ("steps=0",), "num_inference_steps=0"),
-        ("a.txt", "a fox", ("steps=few",), "steps='few' is not a whole number"),
-        ("a.txt", "\n \n", (), "holds no prompts"),
-        ("a.md", "a fox", (), "no file of prompts"),
-        ("a.txt", b"\xff\xfe", (), "as UTF-8 txt"),
-    ],
-)
-def test_what_is_wrong_with_all_rows_is_a_sentence(name, text, settings, named, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=re.escape(named)):
-        batch.read_rows(path, settings=settings)
-
-
-def test_a_bad_row_is_recorded_and_stops_no_other(go, tmp_path):
-    bad = [
-        ('{"prompt": "a", "steps": 0}', "num_inference_steps=0"),
-        ('{"prompt": "a", "steps": "four"}', "steps='four' is not a whole number"),
-        ('{"prompt": "a", "steps": 1.5}', "steps=1.5 is not a whole number"),
-        ('{"prompt": "a", "steps": true}', "steps=True is not a whole number"),
-        ('{"prompt": "a", "steps": 1, "num_inference_steps": 2}', "are one setting"),
-        ('{"prompt": 3}', "prompt=3 is not text"),
-        ('{"prompt": "a", "control": "nonsense"}', "'nonsense' is not KIND=FILE"),
-        ('{"prompt": "a", "width": 60}', "width=60 is not a multiple"),
-        ('{"prompt": "a", "n": 2}', "a row is one video"),
-        ('{"prompt": "a", "image": "nowhere.png"}', "image encoder (i2v) is needed"),
-        ('{"prompt": ""}', "no prompt"),
-        ("{}", "no prompt"),
-        ("[1]", "no JSON object"),
-        ('{"prompt": "a"', "no JSON object"),
-    ]
-    good = '{"prompt": "a fox"}'
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([good, *(line for line, _ in bad), good]))
-    counts = go(path)
-    assert (counts.made, counts.failed, counts.done_before) == (2, len(bad), 0)
-    lines = _lines(tmp_path / "out")
-    errors = {line["row"]: line["error"] for line in lines if "error" in line}
-    assert sorted(errors) == list(range(1, len(bad) + 1))
-    for number, (_, named) in enumerate(bad, 1):
-        assert named in errors[number], number
-    assert sorted(_hashes(tmp_path / "out")) == ["000000.webp", f"{len(bad) + 1:06}.webp"]
-    again = go(path)
-    assert (again.made, again.failed, again.done_before) == (0, len(bad), 2)
-    assert _lines(tmp_path / "out") == lines  # nothing new is to be said
-    (tmp_path / "b.csv").write_text("prompt,steps\na fox, running,1\na cat,1\n")
-    assert go(tmp_path / "b.csv", out=tmp_path / "b").failed == 1
+    return runner(fresh_model, about, tmp_path / "out")
 
 
 # What is made
@@ -160,14 +47,14 @@ def test_each_row_is_what_generate_makes_of_it(go, prompts, fresh_model, tmp_pat
     (draft,) = drafts(fresh_model, request)
     decoding.write(fresh_model, draft, tmp_path / "one.webp", source=SOURCE)
     assert (tmp_path / "out" / "000003.webp").read_bytes() == (tmp_path / "one.webp").read_bytes()
-    line = {line["row"]: line for line in _lines(tmp_path / "out")}[3]
+    line = {line["row"]: line for line in lines(tmp_path / "out")}[3]
     assert line["prompt"] == "a dog"
     assert line["seed"] == line["settings"]["seed"] == 43
     assert line["settings"]["height"] == 64
-    assert line["sha256"] == _hashes(tmp_path / "out")["000003.webp"]
+    assert line["sha256"] == hashes(tmp_path / "out")["000003.webp"]
     assert line["seconds"].keys() == {"denoise", "decode"}
     assert line["host"].endswith(f":{os.getpid()}")
-    assert len({line["hash"] for line in _lines(tmp_path / "out")}) == 6
+    assert len({line["hash"] for line in lines(tmp_path / "out")}) == 6
 
 
 def test_order_does_not_matter(go, prompts, fresh_model, tmp_path):
@@ -176,8 +63,8 @@ def test_order_does_not_matter(go, prompts, fresh_model, tmp_path):
 
     go(prompts)
     go(prompts, engine=backwards, out=tmp_path / "other")
-    assert [line["row"] for line in _lines(tmp_path / "other")] == [5, 4, 3, 2, 1, 0]
-    assert _hashes(tmp_path / "other") == _hashes(tmp_path / "out")
+    assert [line["row"] for line in lines(tmp_path / "other")] == [5, 4, 3, 2, 1, 0]
+    assert hashes(tmp_path / "other") == hashes(tmp_path / "out")
 
 
 def test_a_long_clip_goes_to_its_encoder_in_chunks(go, tmp_path):
@@ -206,7 +93,7 @@ def test_what_fails_between_decoder_and_encoder_fails_one_row(where, go, prompts
     monkeypatch.setattr(video, "write", write)
     counts = go(prompts)
     assert (counts.made, counts.failed) == (5, 1)
-    (error,) = [line["error"] for line in _lines(tmp_path / "out") if "error" in line]
+    (error,) = [line["error"] for line in lines(tmp_path / "out") if "error" in line]
     assert error == {"decoder": "RuntimeError: no frame", "encoder": "no file"}[where]
 
 
@@ -233,14 +120,14 @@ def test_the_fingerprint_is_of_every_weight(fresh_model, about):
 def test_a_second_run_makes_what_is_missing_or_has_changed(go, prompts, about, tmp_path):
     out = tmp_path / "out"
     assert go(prompts).made == 6
-    first, stamp = _hashes(out), (out / "000000.webp").stat().st_mtime_ns
+    first, stamp = hashes(out), (out / "000000.webp").stat().st_mtime_ns
     assert go(prompts)[:3] == (0, 0, 6)
     prompts.write_text(prompts.read_text().replace("a cat", "a tree") + "a bird\n")  # one other, one more
     assert go(prompts)[:3] == (2, 0, 5)
     (out / "000001.webp").unlink()
     (out / "000004.webp").write_bytes(b"half a vid")
     assert go(prompts)[:3] == (2, 0, 5)
-    second = _hashes(out)
+    second = hashes(out)
     assert (out / "000000.webp").stat().st_mtime_ns == stamp
     assert {name for name in second if second[name] != first.get(name)} == {"000002.webp", "000006.webp"}
     assert go(prompts, "steps=2")[:3] == (7, 0, 0)
@@ -261,8 +148,8 @@ def test_a_row_is_made_again_where_what_steers_it_has_changed(fresh_model, tmp_p
 def test_a_torn_manifest_loses_its_last_line_alone(torn, go, prompts, tmp_path):
     go(prompts)
     manifest = tmp_path / "out" / batch.MANIFEST
-    lines = manifest.read_bytes().splitlines(keepends=True)
-    manifest.write_bytes(b"".join(lines[:-1]) + torn)
+    whole = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(whole[:-1]) + torn)
     (tmp_path / "out" / ".000005.webp.0123abcd.new").write_bytes(b"half")
     assert go(prompts)[:3] == (1, 0, 5)
     assert manifest.read_bytes().splitlines()[-1].startswith(b'{"row": 5, ')
@@ -279,15 +166,15 @@ def test_a_killed_run_loses_at_most_what_was_in_flight(tmp_path):
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     whole = (out / batch.MANIFEST).read_bytes().rpartition(b"\n")[0].splitlines()
-    kept, there = [json.loads(line) for line in whole], _hashes(out)
+    kept, there = [json.loads(line) for line in whole], hashes(out)
     assert 2 <= len(kept) < 12
     assert len(there) - len(kept) <= 2
     assert all(there[line["file"]] == line["sha256"] for line in kept)
     said = json.loads(subprocess.run([*words, "--json"], capture_output=True, check=True).stdout)
     assert (said["made"], said["failed"], said["done_before"]) == (12 - len(kept), 0, len(kept))
-    assert _hashes(out).keys() == {f"{i:06}.webp" for i in range(12)}
-    assert there.items() <= _hashes(out).items()
-    assert sorted(line["row"] for line in _lines(out)) == list(range(12))
+    assert hashes(out).keys() == {f"{i:06}.webp" for i in range(12)}
+    assert there.items() <= hashes(out).items()
+    assert sorted(line["row"] for line in lines(out)) == list(range(12))
 
 
 def test_one_run_a_folder_and_nobody_elses_videos(go, prompts, about, tmp_path):
@@ -302,57 +189,6 @@ def test_one_run_a_folder_and_nobody_elses_videos(go, prompts, about, tmp_path):
         go(prompts, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "000003.webp").read_bytes() == b"precious"
     assert go(prompts, out=tmp_path / "mine", force=True).made == 6
-
-
-# A full disk
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_stops_the_run_in_a_sentence(number, go, prompts, tmp_path, monkeypatch):
-    def full(data, path, save=batch._save):
-        if len(_hashes(tmp_path / "out")) == 2:
-            raise OSError(number, os.strerror(number), str(path))
-        save(data, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(batch, "_save", full)
-        with pytest.raises(ValueError, match=r"the disk is full .* after 2 of 6 rows; make room"):
-            go(prompts)
-    assert len(_lines(tmp_path / "out")) == 2
-    assert go(prompts)[:3] == (4, 0, 2)
-
-
-def test_a_disk_that_is_full_while_a_clip_is_encoded_is_no_rows_fault(go, prompts, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(video, "write", full)
-    with pytest.raises(ValueError, match="the disk is full"):
-        go(prompts)
-    assert _lines(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("kilobytes", [16, 24, 28])
-def test_a_disk_that_is_really_full(kilobytes, go, prompts, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
-    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no disk may be mounted here")
-    try:
-        with pytest.raises(ValueError, match="the disk is full"):
-            go(prompts, out=disk)
-        done = _lines(disk)
-        assert len(done) < 6
-        assert {line["file"]: line["sha256"] for line in done}.items() <= _hashes(disk).items()
-        assert not list(disk.glob(".*"))
-        assert not done or (disk / batch.MANIFEST).read_bytes().endswith(b"\n")
-        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        assert go(prompts, out=disk)[:3] == (6 - len(done), 0, len(done))
-        go(prompts)
-        assert _hashes(disk) == _hashes(tmp_path / "out")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 # The command line

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from animatelcm import batch, video
+from animatelcm.batch import engine
 from animatelcm.evaluate import fvd, rows, ucf101, zero_shot
 from animatelcm.evaluate.clipsim import load_clip, similarities
 from animatelcm.evaluate.folders import chosen
@@ -136,7 +137,7 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(go, tmp_path, op
 
 
 def test_a_video_that_fails_is_said_and_the_next_call_makes_it(go, tmp_path, monkeypatch):
-    encoded, calls = batch._encoded, []
+    encoded, calls = engine._encoded, []
 
     def fails_once(*args):
         calls.append(1)
@@ -144,7 +145,7 @@ def test_a_video_that_fails_is_said_and_the_next_call_makes_it(go, tmp_path, mon
             raise ValueError("it failed")
         return encoded(*args)
 
-    monkeypatch.setattr(batch, "_encoded", fails_once)
+    monkeypatch.setattr(engine, "_encoded", fails_once)
     with pytest.raises(ValueError, match=r"1 of 3 videos could not be made, e\.g\. 'HandstandPushups-00\.mp4'"):
         go()
     assert go().scores["emoji"][0].value > 0
