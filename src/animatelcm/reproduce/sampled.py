@@ -10,25 +10,20 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median, stdev
+from typing import NamedTuple
 
 from animatelcm.assembly import load_sum
 from animatelcm.evaluate.judge import Judge, Progress, Protocol
 from animatelcm.evaluate.report import Row, table
 from animatelcm.reproduce import plots
-from animatelcm.reproduce.claims import (
-    Claim,
-    Section,
-    all_of,
-    by_steps,
-    excess,
-    share_deviation,
-    verdict,
-)
-from animatelcm.reproduce.study import Study
+from animatelcm.reproduce.claims import Claim, Section, all_of, by_steps, excess, share_deviation, verdict
+from animatelcm.reproduce.study import Sizes, Study
 from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.sampling import sample
 
 TEACHER = ModelSource(teacher=True)
+SAMPLERS = ("ddim", "dpm++")
+"""The baselines."""
 SPREAD_SEED = 1004
 
 
@@ -49,67 +44,87 @@ def deviation(study: Study) -> float:
     return study.measured("deviation", measure)["deviation"]
 
 
+class FewSteps(NamedTuple):
+    """Rows of table 1, a list in the order of ``Sizes.steps``; a baseline is at its best guidance for each figure."""
+
+    ours: list[Row]
+    near: dict[str, list[Row]]
+    """Sampler -> its rows that are nearest to real videos."""
+    naming: dict[str, list[Row]]
+    """Sampler -> its rows that show most often what the prompt names."""
+    equal: list[list[Row]]
+    """Rows of both samplers with as many evaluations as ours."""
+    teacher: Row
+    """Many guided steps."""
+    deviation: float
+    """Of an FVD-like distance."""
+
+
 def few_steps(study: Study) -> Section:
     """Table 1: DDIM, DPM++ and the distilled model at a few steps each, and the teacher at many."""
+    found = _measured(study)
+    near = {"DDIM": found.near["ddim"], "DPM++": found.near["dpm++"]}
+    file = "few-steps.png"
+    plots.few_steps(study.out / file, {"distilled": found.ours, **near}, found.teacher, found.deviation)
+    return Section(title="Few steps", claims=_claims(found, study.sizes), text=_text(found, study.sizes), plots=[file])
+
+
+def _measured(study: Study) -> FewSteps:
     sizes = study.sizes
     ours = study.rows("few_steps_ours", ModelSource(), [f"lcm@{n}" for n in sizes.steps])
-    many = f"ddim@{sizes.teacher_steps}:4"
     grid = [
         f"{sampler}@{steps}{f':{guidance:g}' if guidance != 1 else ''}/trailing"
-        for sampler in ("ddim", "dpm++")
+        for sampler in SAMPLERS
         for steps in sizes.steps
         for guidance in sizes.guidances
     ]
-    taught = {row.setting: row for row in study.rows("few_steps_teacher", TEACHER, [*grid, many])}
-    few = [row for name, row in taught.items() if name != many]
-    tried = {
-        sampler: [[row for row in few if _is_of(row, sampler, n)] for n in sizes.steps] for sampler in ("ddim", "dpm++")
-    }
-    ddim, dpm = ([max(rows, key=_nearness) for rows in each] for each in tried.values())
-    named = [[max(rows, key=_subjects) for rows in each] for each in tried.values()]
-    equal = [[other for other in few if other.evaluations == row.evaluations] for row in ours]
-    noise = deviation(study) * 2**0.5
-    at = sizes.steps.index(4)
-    four, teacher = ours[at], taught[many]
-    gains = [verdict(min(excess(a), excess(b)) - excess(o), noise) for a, b, o in zip(ddim, dpm, ours, strict=True)]
-    steps = " / ".join(map(str, sizes.steps))
-    concepts = []
-    for row, *others in zip(ours, *named, strict=True):
-        shares = [found.concept_accuracy for found in (row, max(others, key=_subjects))]
-        concepts.append(verdict(shares[0] - shares[1], share_deviation(*((share, row.n) for share in shares))))
-    falls = [verdict(excess(a) - excess(b), noise) for a, b in pairwise(ours)]
-    chosen = ", ".join(row.setting.split("/")[0] for row in [*ddim, *dpm])
-    claims = [
+    *few, teacher = study.rows("few_steps_teacher", TEACHER, [*grid, f"ddim@{sizes.teacher_steps}:4"])
+    tried = {sampler: [[row for row in few if _is_of(row, sampler, n)] for n in sizes.steps] for sampler in SAMPLERS}
+    return FewSteps(
+        ours=ours,
+        near={sampler: [max(rows, key=_nearness) for rows in each] for sampler, each in tried.items()},
+        naming={sampler: [max(rows, key=_subjects) for rows in each] for sampler, each in tried.items()},
+        equal=[[other for other in few if other.evaluations == row.evaluations] for row in ours],
+        teacher=teacher,
+        deviation=deviation(study),
+    )
+
+
+def _claims(found: FewSteps, sizes: Sizes) -> list[Claim]:
+    ours, teacher = found.ours, found.teacher
+    (ddim, dpm), named = found.near.values(), [by_steps(rows, "concept_accuracy") for rows in found.naming.values()]
+    four, steps = ours[sizes.steps.index(4)], " / ".join(map(str, sizes.steps))
+    equal = [_bests(found.equal, figure, scale) for figure, scale in ((_nearness, -1), (_subjects, 100))]
+    falls = [verdict(excess(a) - excess(b), found.deviation * 2**0.5) for a, b in pairwise(ours)]
+    better = False if False in falls else True in falls or None
+    return [
         Claim(
             claim=f"nearer to real videos than DDIM and DPM++ at {steps} steps",
             source="both papers, table 1 (FVD)",
             paper="1257 / 1081 / 926 / 910 against DDIM 4941 / 3219 / 1945 / 1210, DPM++ 2731 / 2093 / 1044 / 932",
             ours=f"{by_steps(ours)} against DDIM {by_steps(ddim)}, DPM++ {by_steps(dpm)}",
-            holds=all_of(gains),
+            holds=_are_nearer(found),
             n=four.n,
             note="FVD-like over the floor; each baseline at its best guidance, where the papers take 7.5. "
-            f"Guidance doubles evaluations: with as many as ours, the better one has {_bests(equal, _nearness, -1)}",
+            f"Guidance doubles evaluations: with as many as ours, the better one has {equal[0]}",
         ),
         Claim(
             claim=f"shows what the prompt names more often than both, at {steps} steps",
             source="both papers, table 1 (CLIPSIM)",
             paper="22.2 / 26.0 / 28.9 / 30.0 against DDIM 4.4 / 5.3 / 14.9 / 24.4, DPM++ 10.5 / 18.0 / 26.8 / 29.5",
-            ours=f"{by_steps(ours, 'concept_accuracy')} % of frames against "
-            f"{by_steps(named[0], 'concept_accuracy')} and {by_steps(named[1], 'concept_accuracy')}",
-            holds=all_of(concepts),
+            ours=f"{by_steps(ours, 'concept_accuracy')} % of frames against {named[0]} and {named[1]}",
+            holds=_show_more(found),
             n=four.n,
-            note=f"with as many evaluations as ours, the better one has {_bests(equal, _subjects, 100)}",
+            note=f"with as many evaluations as ours, the better one has {equal[1]}",
         ),
         Claim(
             claim="more steps are better",
             source="both papers, table 1",
             paper="1257 > 1081 > 926 > 910",
             ours=by_steps(ours),
-            holds=False if False in falls else True in falls or None,
+            holds=better,
             n=four.n,
-            note="no step is worse, one at least is better, beyond chance"
-            if True in falls and False not in falls
-            else "",
+            note="no step is worse, one at least is better, beyond chance" if better else "",
         ),
         Claim(
             claim="four evaluations without guidance keep the quality of many with it",
@@ -121,15 +136,32 @@ def few_steps(study: Study) -> Section:
             note="the aim is a quarter more at most",
         ),
     ]
-    plots.few_steps(
-        study.out / "few-steps.png", {"distilled": ours, "DDIM": ddim, "DPM++": dpm}, teacher, noise / 2**0.5
-    )
-    text = (
-        table([*ours, *ddim, *dpm, teacher])
+
+
+def _are_nearer(found: FewSteps) -> bool | None:
+    """Than the better baseline at every number of steps."""
+    noise, rivals = found.deviation * 2**0.5, zip(*found.near.values(), strict=True)
+    return all_of([verdict(min(map(excess, r)) - excess(o), noise) for o, r in zip(found.ours, rivals, strict=True)])
+
+
+def _show_more(found: FewSteps) -> bool | None:
+    """Of what the prompt names than the better baseline at every number of steps."""
+    verdicts = []
+    for row, *rivals in zip(found.ours, *found.naming.values(), strict=True):
+        best = max(rivals, key=_subjects)
+        spread = share_deviation(*((other.concept_accuracy, row.n) for other in (row, best)))
+        verdicts.append(verdict(row.concept_accuracy - best.concept_accuracy, spread))
+    return all_of(verdicts)
+
+
+def _text(found: FewSteps, sizes: Sizes) -> str:
+    baselines = [row for rows in found.near.values() for row in rows]
+    chosen = ", ".join(row.setting.split("/")[0] for row in baselines)
+    return (
+        table([*found.ours, *baselines, found.teacher])
         + f"\n\nBest guidance of {', '.join(f'{g:g}' for g in sizes.guidances)}: {chosen}. "
-        f"Sets of {four.n} real clips spread by {noise / 2**0.5:.0f} (one standard deviation)."
+        f"Sets of {found.ours[0].n} real clips spread by {found.deviation:.0f} (one standard deviation)."
     )
-    return Section(title="Few steps", claims=claims, text=text, plots=["few-steps.png"])
 
 
 def _is_of(row: Row, sampler: str, steps: int) -> bool:
