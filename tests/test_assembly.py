@@ -35,6 +35,7 @@ from animatelcm.sampling import sample_steps
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
 from animatelcm.weights.lora import read_lora, write_lora
+from networks import same_state
 from test_condition import beside
 
 TEXT = 64
@@ -146,18 +147,17 @@ def test_four_steps_are_diffusers_four_steps(files, theirs, monkeypatch):
     assert (per_frame - made).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("motion", ["folder", "file"])
-def test_what_is_converted_makes_the_same_frames_in_stock_diffusers(files, tmp_path, monkeypatch, motion):
+def test_what_is_converted_makes_the_same_frames_in_stock_diffusers(files, tmp_path, monkeypatch):
+    """From a folder of motion modules; a file of them holds the same."""
     ours = _ours(files, "joint")
     convert(files / "base.safetensors", tmp_path / "model", to="diffusers", dtype=torch.float32)
     convert(files / "motion.ckpt", tmp_path / "motion", to="diffusers", dtype=torch.float32)
     lora = read_lora(files / "fast.safetensors", ours.model.modules())
     write_lora(lora, tmp_path / "fast.safetensors", metadata={}, dtype=torch.float32, layout="peft")
-    if motion == "folder":
-        adapter = MotionAdapter.from_pretrained(tmp_path / "motion")
-    else:
-        convert(files / "motion.ckpt", tmp_path / "motion.safetensors", to="animatediff", dtype=torch.float32)
-        adapter = MotionAdapter.from_single_file(str(tmp_path / "motion.safetensors"), config=str(tmp_path / "motion"))
+    adapter = MotionAdapter.from_pretrained(tmp_path / "motion")
+    convert(files / "motion.ckpt", tmp_path / "motion.safetensors", to="animatediff", dtype=torch.float32)
+    file = MotionAdapter.from_single_file(str(tmp_path / "motion.safetensors"), config=str(tmp_path / "motion"))
+    assert same_state(file.state_dict(), adapter.state_dict())
     scheduler = LCMScheduler.from_config(ours.model.schedule.to_diffusers("LCMScheduler"))
     stock = AnimateDiffPipeline.from_pretrained(tmp_path / "model", motion_adapter=adapter, scheduler=scheduler)
     stock.load_lora_weights(str(tmp_path / "fast.safetensors"), adapter_name="fast")
@@ -200,7 +200,7 @@ def test_a_folder_with_a_lora_is_taken_for_it(files, tmp_path):
     lora.parent.mkdir()
     lora.write_bytes((files / "fast.safetensors").read_bytes())
     one, two = (load_sum(ModelSource(model=base, style=(f"{place}:0.5",))) for place in (lora.parent, lora))
-    assert all(torch.equal(value, two.unet.state_dict()[key]) for key, value in one.unet.state_dict().items())
+    assert same_state(one.unet.state_dict(), two.unet.state_dict())
     lora.rename(lora.with_name("other.safetensors"))
     with pytest.raises(ValueError, match="holds no LoRA"):
         load_sum(ModelSource(model=base, style=(str(lora.parent),)))
@@ -242,7 +242,7 @@ def test_a_sum_that_keeps_nothing_is_the_same_sum(files):
     assert kept.kept
     assert not bare.kept
     for part, network in kept.networks.items():
-        assert all(torch.equal(v, bare.networks[part].state_dict()[key]) for key, v in network.state_dict().items())
+        assert same_state(bare.networks[part].state_dict(), network.state_dict())
 
 
 # Adapters
@@ -285,7 +285,7 @@ def test_an_image_to_video_file_brings_its_encoder(files, tmp_path, container, f
 def test_adapters_of_diffusers_stand_beside_the_model(files, tmp_path):
     torch.manual_seed(0)
     networks = {"canny": ControlNetModel(**SMALL_CONTROL), "edge": T2IAdapter(channels=list(standins.SMALL))}
-    networks["tile"] = T2IAdapter(channels=list(standins.SMALL), in_channels=1, adapter_type="light_adapter")
+    networks["tile"] = T2IAdapter(channels=list(standins.SMALL[:3]), in_channels=1, adapter_type="light_adapter")
     for name, network in networks.items():
         network.save_pretrained(tmp_path / name, variant="fp16" if name == "edge" else None)
     model = load_sum(_base(files, adapter=tuple(f"{name}={tmp_path / name}" for name in networks)), adapters=("canny",))
@@ -314,6 +314,7 @@ def test_adapters_of_diffusers_stand_beside_the_model(files, tmp_path):
         ("edge", {**CONTROL, "addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
         ("edge", {**CONTROL, "conditioning_embedding_out_channels": [16, 32]}, "encoder of maps.*needs 4"),
         ("edge", {**T2I, "channels": [32, 64, 64, 64]}, "channels="),
+        ("edge", {**T2I, "adapter_type": "light_adapter"}, r"channels=\[32, 64, 128, 128\].* needs \(32, 64, 128\)"),
         ("i2v", {**ENCODER, "channels": [96, 160]}, "channels="),
         ("i2v", {**ENCODER, "in_channels": 16}, "in_channels=16.* needs 4"),
         ("i2v", {**ENCODER, "sees": "pixels"}, "in_channels=4.* needs 3"),
@@ -358,8 +359,8 @@ def test_an_adapter_that_cannot_be_is_a_sentence(plain, tmp_path, name, config, 
     [
         ("edge=no/such/folder", "no/such/folder"),
         ("edge=FOLDER", r"config\.json is missing"),
-        ("edge=FOLDER/motion.safetensors", "an adapter is a diffusers folder"),
-        ("i2v=FOLDER/motion.safetensors", "an adapter is a diffusers folder"),
+        ("edge=FOLDER/motion.safetensors", "is a motion module; of those an adapter is only"),
+        ("i2v=FOLDER/motion.safetensors", "is a motion module; of those an adapter is only"),
         ("i2v=FOLDER/thin.safetensors", r"thin\.safetensors.*\(32, 64, 64, 64\).*\(32, 64, 128, 128\)"),
     ],
 )

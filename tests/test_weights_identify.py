@@ -170,7 +170,7 @@ def diffusers_motion(rows: int, *, mid: bool) -> standins.Shapes:
         (lambda: {"embeddings.token_embedding.weight": (9, 8)}, "text_encoder", "diffusers", ""),
         (lambda: under("control_model.", standins.ldm_unet()), "controlnet", "ldm", ""),
         (lambda: {"controlnet_down_blocks.0.weight": (3,), "conv_in.weight": (3,)}, "controlnet", "diffusers", ""),
-        (lambda: {"controlnet_cond_embedding.weight": (3,)} | standins.mm_v3(), "controlnet", "diffusers", ""),
+        (lambda: {"controlnet_cond_embedding.weight": (3,)} | standins.mm_v3(), "sparsectrl", "diffusers", ""),
         (lambda: under("module.", standins.mm_v3() | standins.unet()), "motion", "animatediff", "animatediff-v3"),
         (lambda: diffusers_motion(24, mid=False), "motion", "diffusers", "animatediff-v1"),
         (lambda: diffusers_motion(32, mid=False), "motion", "diffusers", "animatediff-v3"),

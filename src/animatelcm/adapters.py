@@ -1,4 +1,5 @@
-"""Adapters in folders, diffusers' or ours: checked against the model that they will stand beside, built, described."""
+"""Adapters in folders, diffusers' or ours, and in single files: checked against the model that they will stand beside,
+built, described."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from animatelcm.building import empty_weights, filled, plain_config, read_json, 
 from animatelcm.model import VideoModel
 from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from animatelcm.nets.unet import FIXED, UNetConfig
-from animatelcm.weights.files import State
+from animatelcm.weights.controlnet import control_file, t2i_file
+from animatelcm.weights.files import State, read_header, read_state
+from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import WIDEST
 
 IMAGE = "i2v"
@@ -28,6 +31,10 @@ COPIED = (
     *("transformer_layers_per_block", "attention_head_dim", "norm_num_groups", "use_linear_projection"),
 )
 """Settings that a ControlNet, the copy of a UNet's way down, shares with it."""
+UNSAID = (*COPIED, "norm_eps", "flip_sin_to_cos", "freq_shift")
+"""Settings that a ControlNet's file without a config.json has from the UNet, where its shapes do not say them."""
+POOLED = "shuffle"
+"""In the name of a ControlNet whose residuals are the same all over a frame, which is a setting and in no tensor."""
 
 
 class Beside(NamedTuple):
@@ -48,6 +55,37 @@ def read(folder: Path, name: str, beside: Beside, dtype: torch.dtype) -> nn.Modu
     config = read_json(folder / "config.json")
     check(name, config, str(folder), beside)
     return built(config, read_part(folder, WEIGHTS), dtype, str(folder))
+
+
+def read_file(path: Path, name: str, beside: Beside, dtype: torch.dtype) -> nn.Module:
+    """A ControlNet or T2I-Adapter of this name from one file, as its authors, A1111, ComfyUI or diffusers have it.
+
+    Settings are those of a config.json beside a file of diffusers' name, else what shapes say; heads, groups of norms
+    and the like, which they do not, are the model's. Raises ValueError saying what the file is instead, or as ``read``.
+    """
+    header = read_header(path)
+    kind = identify(header)
+    if not kind.is_adapter:
+        raise ValueError(
+            f"{path} is {kind}, and --adapter {name}=FILE takes a ControlNet or T2I-Adapter of Stable Diffusion 1.x; "
+            "give one of those"
+        )
+    if kind.kind == "t2i_adapter":
+        found = t2i_file(path, header, beside.downscale)
+        config = found.settings
+    else:
+        found = control_file(path, header)
+        config = {key: getattr(beside.unet, key) for key in UNSAID} | found.settings
+        config["global_pool_conditions"] = POOLED in path.stem.lower()
+    said = path.with_name("config.json")
+    if path.name.startswith(f"{WEIGHTS}.") and said.is_file():
+        config = read_json(said)
+    check(name, config, str(path), beside)
+    wanted = set(found.names.values())
+    state = read_state(path, wanted.__contains__)
+    state = {ours: state.pop(theirs) for ours, theirs in found.names.items()}
+    where = str(path) if kind.layout == "diffusers" else f"{path}, in diffusers' names"
+    return built(config, state, dtype, where)
 
 
 def built(config: Mapping[str, Any], state: State, dtype: torch.dtype, where: str) -> nn.Module:
@@ -116,8 +154,11 @@ def _allowed(kind: str, said: Mapping[str, Any], beside: Beside) -> dict[str, Se
         same = {key: (getattr(unet, key),) for key in COPIED}
         return {**same, **{key: (value,) for key, value in FIXED.items()}, "conditioning_channels": (3,)}
     if kind == "T2IAdapter":
-        sizes = {"channels": (unet.block_out_channels,), "downscale_factor": (downscale,), "in_channels": (3, 1)}
-        return {**sizes, "num_res_blocks": (1, 2, 3, 4), "adapter_type": ("full_adapter", "light_adapter")}
+        # a light one says the width of its last two levels once, so they have the same
+        widths, light = unet.block_out_channels, said["adapter_type"] == "light_adapter"
+        types = ("full_adapter", "light_adapter")[: 1 + (widths[-1:] == widths[-2:-1])]
+        sizes = {"channels": (widths[:-1] if light else widths,), "downscale_factor": (downscale,)}
+        return {**sizes, "in_channels": (3, 1), "num_res_blocks": (1, 2, 3, 4), "adapter_type": types}
     if kind == "ImageEncoder":
         seen = 3 if said["sees"] == "pixels" else latent
         return {"channels": (unet.block_out_channels,), "in_channels": (seen,), "downscale": (downscale,)}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from animatelcm import building
-from animatelcm.adapters import IMAGE, Beside, built
+from animatelcm.adapters import IMAGE, Beside, built, read_file
 from animatelcm.adapters import read as read_adapter
 from animatelcm.bundle import ADAPTERS, load
 from animatelcm.condition import lacking
@@ -146,19 +146,21 @@ def _image_encoder(model: VideoModel, state: State, dtype: torch.dtype, where: s
 
 
 def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> nn.Module:
-    """An adapter from its folder, or the image encoder in a file of AnimateLCM's. Raises ValueError where its widths
-    are not the model's."""
-    if place.is_file():
-        found, widths = read_motion(place), model.unet.config.block_out_channels
-        if not found.image_encoder or name != IMAGE:
-            raise ValueError(
-                f"{place}: an adapter is a diffusers folder with config.json; of single files only an AnimateLCM with "
-                "an image encoder is read, as i2v=FILE"
-            )
-        if found.channels != tuple(widths):
-            raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
-        return _image_encoder(model, found.image_encoder, dtype, str(place))
-    return read_adapter(place, name, Beside.of(model), dtype)
+    """An adapter from its folder or file, or the image encoder in a file of AnimateLCM's. Raises ValueError where its
+    widths are not the model's."""
+    if not place.is_file():
+        return read_adapter(place, name, Beside.of(model), dtype)
+    if identify(read_header(place)).kind != "motion":
+        return read_file(place, name, Beside.of(model), dtype)
+    found, widths = read_motion(place), model.unet.config.block_out_channels
+    if not found.image_encoder or name != IMAGE:
+        raise ValueError(
+            f"{place} is a motion module; of those an adapter is only an AnimateLCM's image encoder, as i2v=FILE; "
+            "give the file as --motion, or a ControlNet or T2I-Adapter"
+        )
+    if found.channels != tuple(widths):
+        raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
+    return _image_encoder(model, found.image_encoder, dtype, str(place))
 
 
 def _decoder(model: VideoModel, place: Path, dtype: torch.dtype) -> AutoencoderTiny:

@@ -44,8 +44,9 @@ class ModelSource:
     style: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--lora"])] = ()
     """A LoRA, FILE or FILE:SCALE, or the name of one of the model's own styles; may be given several times."""
     adapter: UseAppendAction[tuple[str, ...]] = ()
-    """NAME=PLACE: a ControlNet or T2I-Adapter (diffusers' folder or hub id) that reads maps of the kind NAME (canny,
-    edge, depth, pose, tile), or i2v=PLACE: an image encoder, also AnimateLCM's file; may be given several times."""
+    """NAME=PLACE: a ControlNet or T2I-Adapter (diffusers' folder, a file of A1111's or ComfyUI's, or one of them on
+    the hub) that reads maps of the kind NAME (canny, edge, depth, pose, tile), or i2v=PLACE: an image encoder, also
+    AnimateLCM's file; may be given several times."""
     image_scale: float = 1.0
     """Beta: how much of the model's image acceleration; 0.8 is a usual choice with styles."""
     teacher: bool = False

@@ -76,6 +76,9 @@ FAMILIES = {
 }
 """By name."""
 
+TEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+"""Image models by the numbers per text token that their cross-attention takes."""
+
 
 def family_of(name: str) -> Family:
     """The family of this name, as ``FileKind.family`` holds it. Raises ValueError where there is none."""

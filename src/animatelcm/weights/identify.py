@@ -7,15 +7,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from animatelcm.weights.families import FAMILIES
+from animatelcm.weights.controlnet import ControlKind, control_base, control_kind
+from animatelcm.weights.families import FAMILIES, TEXT_WIDTHS
 from animatelcm.weights.files import TensorInfo
 from animatelcm.weights.keys import MOTION, TEMPORAL, WRAPPED, is_positions
 from animatelcm.weights.lora_keys import dialect, method
 
-Kind = Literal[
-    "checkpoint", "unet", "motion", "lora", "motion_lora", "vae", "text_encoder", "controlnet", "embedding", "unknown"
-]
-Layout = Literal["", "ldm", "diffusers", "animatediff", "kohya", "peft", "old-diffusers", "lycoris"]
+Kind = (
+    Literal["checkpoint", "unet", "motion", "lora", "motion_lora", "vae", "text_encoder", "embedding", "unknown"]
+    | ControlKind
+)
+Layout = Literal["", "ldm", "diffusers", "animatediff", "kohya", "peft", "old-diffusers", "lycoris", "tencentarc"]
 
 KIND_WORDS: dict[Kind, str] = {
     "checkpoint": "checkpoint",
@@ -25,9 +27,14 @@ KIND_WORDS: dict[Kind, str] = {
     "motion_lora": "MotionLoRA",
     "vae": "autoencoder",
     "text_encoder": "text encoder",
-    "controlnet": "ControlNet",
     "embedding": "textual inversion",
     "unknown": "weights of an unknown kind",
+    "controlnet": "ControlNet",
+    "t2i_adapter": "T2I-Adapter",
+    "sparsectrl": "SparseCtrl",
+    "controlnet_xs": "ControlNet-XS",
+    "control_lora": "Control-LoRA",
+    "control_difference": "ControlNet as a difference from its base",
 }
 LAYOUT_WORDS: dict[Layout, str] = {
     "ldm": "LDM",
@@ -37,8 +44,8 @@ LAYOUT_WORDS: dict[Layout, str] = {
     "peft": "PEFT",
     "old-diffusers": "old diffusers",
     "lycoris": "LyCORIS",
+    "tencentarc": "TencentARC",
 }
-TEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 LCM_MODULES = 278
 """Layers of Stable Diffusion 1.5 that a latent consistency LoRA changes."""
 
@@ -71,10 +78,17 @@ class FileKind:
     text_encoder: bool = False
     text_width: int | None = None
     """Numbers per text token that cross-attention takes."""
+    base: str = ""
+    """Of a ControlNet or T2I-Adapter the models that it stands beside, where names or shapes tell."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a ControlNet or T2I-Adapter, and not one that other models than Stable Diffusion 1 need."""
+        return self.kind in ("controlnet", "t2i_adapter") and self.base in ("", TEXT_WIDTHS[768])
 
     def __str__(self) -> str:
         word = KIND_WORDS[self.kind]
-        title = FAMILIES[self.family].title if self.family else TEXT_WIDTHS.get(self.text_width or 0, "")
+        title = FAMILIES[self.family].title if self.family else self.base or TEXT_WIDTHS.get(self.text_width or 0, "")
         subject = title if title.endswith(word) else f"{title} {word}".strip()
         return f"{subject[0].upper()}{subject[1:]} ({', '.join(self._details())})"
 
@@ -90,6 +104,7 @@ class FileKind:
             _count(self.parameters): True,
             **{f"with {name}": there for name, there in kept},
             "with averaged copies": self.ema,
+            "goes in as --adapter KIND=FILE": self.is_adapter,
         }
         return [text for text, there in found.items() if there]
 
@@ -107,7 +122,7 @@ def identify(header: Mapping[str, TensorInfo]) -> FileKind:
     other = next(filter(None, map(method, tensors)), "")
     motion = [key for key in tensors if MOTION in key]
     ranks = tuple(sorted({tensors[key].shape[0] for key in downs if tensors[key].shape}))
-    kind, layout = _lora_kind(downs, other) if downs or other else _kind(tensors.keys(), heads, motion)
+    kind, layout = _lora_kind(downs, other) if downs or other else _kind(tensors, heads, motion)
     found = FileKind(
         kind=kind,
         layout=layout,
@@ -125,6 +140,7 @@ def identify(header: Mapping[str, TensorInfo]) -> FileKind:
         text_encoder=kind != "text_encoder" and _has_text_encoder(heads),
         text_width=next((width for key, info in tensors.items() if (width := _text_width(key, info.shape))), None),
     )
+    found = replace(found, base=control_base(kind, tensors, found.text_width))
     return _with_family(found, tensors, downs)
 
 
@@ -164,12 +180,10 @@ def _lora_kind(downs: list[str], other: str) -> tuple[Kind, Layout]:
     return ("motion_lora" if of_motion else "lora"), layout
 
 
-def _kind(keys: Collection[str], heads: set[str], motion: list[str]) -> tuple[Kind, Layout]:
+def _kind(keys: Mapping[str, TensorInfo], heads: set[str], motion: list[str]) -> tuple[Kind, Layout]:
     """By the first parts of names, the most telling first."""
-    if heads & {"control_model", "input_hint_block"}:
-        return "controlnet", "ldm"
-    if heads & {"controlnet_cond_embedding", "controlnet_down_blocks"}:
-        return "controlnet", "diffusers"
+    if control := control_kind(keys, heads):
+        return control
     if motion:
         return "motion", "animatediff" if any(TEMPORAL in key for key in motion) else "diffusers"
     if any(key.startswith("model.diffusion_model.") for key in keys):
