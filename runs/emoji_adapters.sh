@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Adapters of the miniature, without a teacher: an encoder of pictures; a T2I-Adapter (edges) and a ControlNet (keypoints), learned on images
-# and then made fit for few-step clips by LoRA. Each stage resumes where it stopped. Then what they do, before and after.
+# Adapters of the miniature, without a teacher: an encoder of pictures; T2I-Adapters (edges, depth) and a ControlNet (keypoints), learned on images,
+# those for edges and keypoints then made fit for few-step clips by LoRA. Each stage resumes where it stopped. Then what they do, before and after.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 CLIPS=${CLIPS:-64} REAL=${REAL:-512}
 run() { animatelcm train "$@" --resume; }
 judge() { animatelcm eval emoji --model "runs/out/$1/model" --steer "$2" --settings lcm@4 --clips "$CLIPS" --real "$REAL" --out "runs/out/eval_$1"; }
-for recipe in i2v_images_emoji i2v_emoji t2i_adapter_emoji t2i_adapter_lora_emoji controlnet_emoji controlnet_lora_emoji; do
+for recipe in i2v_images_emoji i2v_emoji t2i_adapter_emoji t2i_adapter_lora_emoji t2i_adapter_depth_emoji controlnet_emoji controlnet_lora_emoji; do
   run "$recipe"
 done
 # the same LoRA with a teacher: half the steps, each of twice the operations
@@ -14,4 +14,5 @@ run t2i_adapter_lora_emoji --name t2i_adapter_taught --consistency.earlier teach
   --consistency.huber-c 0.001 --steps 200
 judge i2v_emoji i2v
 for name in t2i_adapter_emoji t2i_adapter_lora_emoji t2i_adapter_taught; do judge "$name" edge; done
+judge t2i_adapter_depth_emoji depth
 for name in controlnet_emoji controlnet_lora_emoji; do judge "$name" pose; done

@@ -248,6 +248,13 @@ def t2i_adapter_emoji() -> TrainConfig:
     )
 
 
+def t2i_adapter_depth_emoji() -> TrainConfig:
+    """The same for the renderer's depth: how near each pixel's thing is."""
+    config = t2i_adapter_emoji()
+    adapter = AdapterConfig(name="depth", kind="t2i_adapter")
+    return replace(config, name="t2i_adapter_depth_emoji", adapter=adapter)
+
+
 def controlnet_emoji() -> TrainConfig:
     """A ControlNet of the miniature that reads keypoints, on images, beside the many-step model."""
     config = t2i_adapter_emoji()
