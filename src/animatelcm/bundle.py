@@ -43,6 +43,7 @@ FACTS_FILE = "animatelcm.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE_LORA = Path("loras") / "image_lcm.safetensors"
 ADAPTERS = "adapters"
+TEACHER = "motion_adapter_teacher"
 
 
 MODEL_INDEX = {
@@ -117,7 +118,7 @@ def _write_networks(model: VideoModel, folder: Path, dtype: torch.dtype) -> None
         positions = {key: value.to(dtype) for key, value in model.unet.positions().items()}
         motion = {key: value for key, value in unet.items() if "motion_modules" in key}
         teacher = {key: value.to(dtype) for key, value in model.teacher_motion.items()}
-        for name, state in {"motion_adapter": motion, "motion_adapter_teacher": teacher}.items():
+        for name, state in {"motion_adapter": motion, TEACHER: teacher}.items():
             if state:
                 _write_part(folder / name, model.unet.motion.to_diffusers(config), state | positions)
     _write_part(folder / "vae", model.vae.config.to_diffusers(), _base_state(model, "vae", dtype))
@@ -176,10 +177,11 @@ def load(
     A distilled bundle comes with its image acceleration fused at ``image_scale``; ``teacher`` loads the many-step model
     that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. ``adapters``
     are loaded by their names, None: all of them; without ``keep_teacher`` a distilled model's teacher is not read, and
-    not saved again. Raises ValueError where a part is missing or does not fit, naming the
-    file.
+    not saved again. Raises ValueError where a part is missing or does not fit, naming the file.
     """
     place = find(source)
+    if teacher:
+        _check_teacher(place, str(source))
     if place.is_file():
         model = _from_file(place, dtype)
     else:
@@ -191,6 +193,15 @@ def load(
     if model.image_lora and image_scale:
         fuse(model, image=image_scale)
     return model
+
+
+def _check_teacher(folder: Path, name: str) -> None:
+    """Whether a teacher's temporal layers are there, where the bundle says that they differ from its own."""
+    if read_facts_file(folder, name).teacher.get("motion") and not (folder / TEACHER).is_dir():
+        raise ValueError(
+            f"{folder} lacks {TEACHER}, the temporal layers of its teacher: copy that folder back from where the model "
+            "comes from, or do without the teacher (no --teacher)"
+        )
 
 
 def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: bool) -> VideoModel:
@@ -217,7 +228,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: b
         tokenizer=Tokenizer.from_folder(folder / "tokenizer"),
         schedule=NoiseSchedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json")),
         facts=read_facts_file(folder, name),
-        teacher_motion=_teacher_motion(folder / "motion_adapter_teacher", dtype) if with_teacher else {},
+        teacher_motion=_teacher_motion(folder / TEACHER, dtype) if with_teacher else {},
     )
     _read_loras(model, folder)
     return model

@@ -45,11 +45,13 @@ class Facts:
     trained: dict[str, Any] = field(default_factory=dict)
     """Recipe -> how it was run: steps, seconds, hardware, version."""
     teacher: dict[str, Any] = field(default_factory=dict)
-    """What differs for the many-step model that this one was distilled from, by field."""
+    """What differs for the many-step model that this one was distilled from, by field; "motion" is true where its
+    temporal layers do."""
 
     def of_teacher(self) -> Facts:
         """The facts of that model."""
-        return replace(self, **self.teacher, teacher={})
+        settings = {name: value for name, value in self.teacher.items() if name != "motion"}
+        return replace(self, **settings, teacher={})
 
 
 @dataclass

@@ -189,6 +189,7 @@ def _to_distil(config: TrainConfig, model: VideoModel) -> VideoModel:
     if config.trainable == "motion":
         motion = {name: value for name, value in model.unet.state_dict().items() if "motion_modules" in name}
         model.teacher_motion = {name: value.clone() for name, value in motion.items()}
+        model.facts = replace(model.facts, teacher={**teacher, "motion": True})
         if config.consistency.decouple:
             if not model.image_lora:
                 raise ValueError(
