@@ -208,7 +208,7 @@ def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 or tensors[0] is None else torch.cat(tensors)
 
 
-def _adapter(model: VideoModel, name: str, motion_scale: float = 0.0) -> Adapter:
+def _adapter(model: VideoModel, name: str, motion_scale: float | None = None) -> Adapter:
     _check_adapter(model, name)
     return Adapter(model.adapters[name], motion_scale=motion_scale).eval()
 

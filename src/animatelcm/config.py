@@ -82,7 +82,7 @@ class AdapterConfig:
     spread: Literal["repeat", "first"] = "repeat"
     """Of kind image: the picture at every frame, or at the first one alone."""
     motion_scale: float = 0.8
-    """Of kind image: how strong the frames' positions are."""
+    """Of kind image: how strong the frames' positions are, and will be where a request does not say."""
     start: Literal["fresh", "model"] = "fresh"
     """Where it begins: from nothing, or as the model's own of that name."""
 

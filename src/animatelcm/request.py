@@ -184,8 +184,9 @@ class SampleRequest:
     """A picture to animate: its file. The model needs an image encoder (i2v)."""
     fit: Fit = "crop"
     """How the picture comes to the video's size: crop the middle, pad with its borders' colour, or stretch."""
-    motion_scale: float = 0.8
-    """With a picture: how much its frames may differ; 0 stands still."""
+    motion_scale: float | None = None
+    """With a picture: how much its frames may differ; 0 stands still. Default: as the image encoder was trained, 0.8
+    where that says nothing."""
     colour_match: float = 1.0
     """With a picture: how far the frames' mean hue, saturation and value are moved to its own; 0 leaves them."""
     control: UseAppendAction[tuple[str, ...]] = ()
@@ -199,8 +200,9 @@ class SampleRequest:
     def __post_init__(self) -> None:
         ranges = {"motion_scale": (0, 4), "colour_match": (0, 1), "strength": (0, 1)}
         for name, (least, most) in ranges.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {least}..{most}")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name}={value} is out of range; choose {least}..{most}")
         for name, known in (("fit", Fit), ("noise", Noise)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
@@ -308,7 +310,8 @@ def command(request: SampleRequest, source: ModelSource) -> str:
     for text in request.control:
         words += ["--control", text]
     if request.image:
-        words += ["--image", request.image, "--fit", request.fit, "--motion-scale", _number(request.motion_scale)]
+        words += ["--image", request.image, "--fit", request.fit]
+        words += [] if request.motion_scale is None else ["--motion-scale", _number(request.motion_scale)]
         words += ["--colour-match", _number(request.colour_match)]
     words += ["--video", request.video, "--strength", _number(request.strength)] if request.video else []
     return shlex.join(words)

@@ -115,6 +115,8 @@ def _with_adapter(config: TrainConfig, model: VideoModel) -> VideoModel:
         if name not in model.adapters:
             raise ValueError(f"{config.model} has no adapter {name!r} to go on from; train one first, or name another")
         network = model.adapters[name]
+        if isinstance(network, ImageEncoder):
+            network.config = replace(network.config, motion_scale=config.adapter.motion_scale)
         if config.lora is not None:
             lora.inject(network, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)
     else:
@@ -150,6 +152,7 @@ def fresh_adapter(config: AdapterConfig, unet: UNetConfig, *, latent_channels: i
         sees=config.sees,
         downscale=downscale,
         spread=config.spread,
+        motion_scale=config.motion_scale,
     )
     return ImageEncoder(shape)
 

@@ -85,7 +85,7 @@ def _sum(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> tuple[Tensor, 
 class Adapter(nn.Module):
     """A network of any of the kinds that adapters are, as a function from what it may look at to hints."""
 
-    def __init__(self, network: nn.Module, *, motion_scale: float = 0.8) -> None:
+    def __init__(self, network: nn.Module, *, motion_scale: float | None = None) -> None:
         super().__init__()
         self.network, self.motion_scale = network, motion_scale
 

@@ -29,11 +29,15 @@ class ImageEncoderConfig:
     """Pixels that a latent cell covers on each side; for ``sees="pixels"``."""
     spread: Spread = "repeat"
     """The picture at every frame, or at the first one, the others seeing zeros and positions."""
+    motion_scale: float = 0.8
+    """How strong the frames' positions were in training, and are where nobody says otherwise."""
 
     def __post_init__(self) -> None:
         for name, known in (("sees", get_args(Sees)), ("spread", get_args(Spread))):
             if getattr(self, name) not in known:
                 raise ValueError(f"image encoder {name}={getattr(self, name)!r}; choose one of {', '.join(known)}")
+        if type(self.motion_scale) not in (int, float) or not 0 <= self.motion_scale <= 4:
+            raise ValueError(f"image encoder motion_scale={self.motion_scale!r} is no number of 0 to 4; give one")
         numbers = (*self.channels, self.in_channels, self.downscale)
         if not 1 <= len(self.channels) <= 8 or not all(type(n) is int and 1 <= n <= 16_384 for n in numbers):
             raise ValueError(
@@ -96,18 +100,19 @@ class ImageEncoder(nn.Module):
         )
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, image: Tensor, frames: int, motion_scale: float = 0.8) -> list[Tensor]:
+    def forward(self, image: Tensor, frames: int, motion_scale: float | None = None) -> list[Tensor]:
         """The picture's latent (B, C, h, w), or pixels (B, 3, H, W) in [-1, 1] -> one (B, C', F, h', w') a level.
 
-        ``motion_scale`` multiplies the positions: 0 makes all frames alike.
+        ``motion_scale`` multiplies the positions: 0 makes all frames alike, None is as in training.
         """
+        scale = self.config.motion_scale if motion_scale is None else motion_scale
         if self.config.sees == "pixels":
             image = F.pixel_unshuffle(image, self.config.downscale)
         weight = self.conv_in.weight
         x = self._spread(image.to(weight.dtype), frames)
         positions = sinusoid(frames, weight.shape[0], weight.device).to(weight)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        x = x + motion_scale * positions.repeat(len(image), 1)[:, :, None, None]
+        x = x + scale * positions.repeat(len(image), 1)[:, :, None, None]
         features = []
         for i, layer in enumerate(self.body):
             x = layer(x)
