@@ -15,6 +15,19 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # workers share the 
     torch.set_num_threads(threads)
 
 
+LONG = ("test_chain.py", "test_assembly.py", "test_training.py", "test_planning.py", "test_evaluate_judge.py")
+"""Begun first: a worker that is left with one of them at the end keeps the others waiting."""
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # else xdist begins with the files that hold most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     def refuse(*_, **__):
@@ -39,3 +52,24 @@ def fresh_model():
     for network in model.networks.values():
         network.eval().requires_grad_(False)
     return model
+
+
+@pytest.fixture(scope="session")
+def fresh_folder(fresh_model, tmp_path_factory):
+    """The same on disk, in float32; not to be written to."""
+    from animatelcm.bundle import save
+
+    path = tmp_path_factory.mktemp("fresh") / "model"
+    save(fresh_model, path, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture(scope="session")
+def steered_folder(fresh_model, tmp_path_factory):
+    """The same in float16, with adapters that read edges and poses and an image encoder; not to be written to."""
+    from animatelcm.bundle import save
+    from test_condition import beside
+
+    path = tmp_path_factory.mktemp("steered") / "model"
+    save(beside(fresh_model), path)
+    return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import standins
-from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.assembly import load_sum, with_temporal_layers
+from animatelcm.bundle import load
 from animatelcm.conversion import convert
 from animatelcm.request import ModelSource
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import read_motion
-from test_condition import beside
+from networks import same_state
 
 
 def _same(one, two) -> bool:
@@ -31,10 +30,17 @@ def _same(one, two) -> bool:
     )
 
 
-def _base(folder: Path) -> Path:
-    file = folder / "base.safetensors"
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """An image model in one file."""
+    file = tmp_path_factory.mktemp("base") / "base.safetensors"
     save_file(standins.fill(standins.ldm_checkpoint(text=64, layers=1), torch.float16), file)
-    return file
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def image_model(base):
+    return load_sum(ModelSource(model=base))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -52,12 +58,17 @@ def test_a_motion_module_goes_to_diffusers_and_back(tmp_path, name, dtype):
     assert all(torch.allclose(state[key], value, atol=1e-3) for key, value in out.items())
     kinds = [identify(read_header(tmp_path / file)) for file in ("in.safetensors", "out.safetensors")]
     assert kinds[0] == kinds[1]
-    source = ModelSource(model=str(_base(tmp_path)), motion=str(tmp_path / "in.safetensors"))
-    models = [load_sum(source), load_sum(replace(source, motion=str(tmp_path / "folder")))]
-    assert models[0].schedule == models[1].schedule
-    assert replace(models[0].facts, name="") == replace(models[1].facts, name="")
     adapter = MotionAdapter.from_pretrained(tmp_path / "folder", torch_dtype=dtype)
     assert adapter.config.block_out_channels == list(standins.SMALL)
+
+
+@pytest.mark.parametrize("name", ["animatelcm_t2v", "mm_v1", "mm_v2", "mm_v3"])
+def test_its_settings_go_with_a_motion_module(image_model, tmp_path, name):
+    save_file(standins.fill(getattr(standins, name)(), torch.float16), tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "folder", to="diffusers")
+    file, folder = (with_temporal_layers(image_model, tmp_path / kept) for kept in ("in.safetensors", "folder"))
+    assert file.schedule == folder.schedule
+    assert replace(file.facts, name="") == replace(folder.facts, name="")
 
 
 def test_an_image_encoder_stays_with_its_motion_module(tmp_path):
@@ -79,10 +90,10 @@ def test_the_embedded_model_gives_its_parts_and_takes_them_again(tmp_path):
     parts = load_sum(ModelSource(**{**vars(source), "style": (str(tmp_path / "fast.safetensors"),)}))
     assert parts.schedule == whole.schedule
     assert parts.unet.motion == whole.unet.motion
-    assert all(torch.equal(value, parts.unet.state_dict()[key]) for key, value in whole.unet.state_dict().items())
+    assert same_state(parts.unet.state_dict(), whole.unet.state_dict())
     teacher = load_sum(ModelSource(motion=str(tmp_path / "teacher.safetensors")))
     expected = load("emoji", teacher=True)
-    assert all(torch.equal(v, teacher.unet.state_dict()[key]) for key, v in expected.unet.state_dict().items())
+    assert same_state(teacher.unet.state_dict(), expected.unet.state_dict())
     settings = ("num_inference_steps", "guidance_scale", "sampler")
     assert all(getattr(teacher.facts, name) == getattr(expected.facts, name) for name in settings)
 
@@ -113,7 +124,7 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path):
     convert(tmp_path / "in.safetensors", tmp_path / "model", to="diffusers")
     one, two = load(tmp_path / "in.safetensors"), load(tmp_path / "model")
     for part, network in one.networks.items():
-        assert all(torch.equal(v, two.networks[part].state_dict()[key]) for key, v in network.state_dict().items())
+        assert same_state(two.networks[part].state_dict(), network.state_dict())
 
 
 def test_a_few_step_model_for_diffusers_begins_with_its_scheduler(tmp_path):
@@ -180,17 +191,15 @@ def test_only_a_models_folder_is_replaced(tmp_path):
         '{"sampling": 3}',
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path, said):
+def test_a_header_that_lies_is_refused(image_model, tmp_path, said):
     save_file(standins.fill(standins.mm_v2()), tmp_path / "in.safetensors", metadata={"animatelcm": said})
     with pytest.raises(ValueError, match=r"in\.safetensors.*damaged"):
-        load_sum(ModelSource(model=str(_base(tmp_path)), motion=str(tmp_path / "in.safetensors")))
+        with_temporal_layers(image_model, tmp_path / "in.safetensors")
 
 
 @pytest.fixture(scope="module")
-def steered(fresh_model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("steered") / "model"
-    save(beside(fresh_model), path)
-    return path
+def steered(steered_folder):
+    return steered_folder
 
 
 def test_motion_modules_and_image_encoder_go_into_one_file_and_out_of_it(steered, tmp_path):

@@ -53,7 +53,7 @@ def test_held_out_pairs_never_appear_and_every_motion_does():
     slugs = {clips.pack.concepts[slug].name.lower(): slug for slug in SMALL_CONCEPTS}
     motions = Counter()
     for i in range(400):
-        text = clips[i].caption
+        text = clips.shot(i).caption
         for motion in MOTIONS:
             if f" {motion}" in text:
                 motions[motion] += 1
@@ -91,11 +91,12 @@ def test_degraded_clips_are_softer_and_vaguer():
     good, bad = EmojiClips(length=300, real=0.0), EmojiClips(length=300, real=0.0, degrade=True)
     vague = 0
     for i in range(40):
-        assert bad[i].frames.shape == good[i].frames.shape
-        vague += bad[i].caption in VAGUE_CAPTIONS
-        edges = [np.abs(np.diff(clip.frames.astype(float), axis=2)).max() for clip in (good[i], bad[i])]
+        sharp, soft = good[i], bad[i]
+        assert soft.frames.shape == sharp.frames.shape
+        vague += soft.caption in VAGUE_CAPTIONS
+        edges = [np.abs(np.diff(clip.frames.astype(float), axis=2)).max() for clip in (sharp, soft)]
         assert edges[1] < edges[0] + 60
-        assert (bad[i].frames != good[i].frames).any()
+        assert (soft.frames != sharp.frames).any()
     assert vague > 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from animatelcm.data.batches import ClipBatch
 from animatelcm.ema import Ema
 from animatelcm.nets import lora
 from animatelcm.nets.motion import MotionConfig
-from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.nets.unet import VideoUNet
 from animatelcm.rng import generator
 from animatelcm.roles import Role, Roles, consistency_roles
 from animatelcm.schedule import NoiseSchedule
+from networks import SMALL
 
 SCHEDULE = NoiseSchedule()
 SHIFT = 3.0
@@ -103,17 +105,7 @@ def test_distilling_gaussian_data_reaches_the_exact_consistency_function(w):
     assert errors[2] < 0.02
 
 
-TINY = UNetConfig(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=4,
-    cross_attention_dim=8,
-    attention_head_dim=2,
-)
+TINY = replace(SMALL, cross_attention_dim=8)
 RANK, ALPHA, RATE = 4, 8.0, 0.05
 TEXTS = {"": 0, "a parrot": 1, "a fox": 2}
 

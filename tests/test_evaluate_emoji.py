@@ -20,7 +20,7 @@ from animatelcm.request import Video
 from animatelcm.schedule import NoiseSchedule
 
 PROTOCOL = Protocol(clips=3, real=4, concepts=("parrot", "banana", "rocket", "zebra"))
-LCM = Setting.parse("lcm@2")
+LCM = Setting.parse("lcm@1")
 
 
 @given(
@@ -69,8 +69,8 @@ def test_a_perfect_model_gets_what_real_clips_get(fresh_model, tmp_path, monkeyp
     monkeypatch.setattr(emoji, "sample", perfect(asked))
     made, real, coded = evaluate(fresh_model, "m", settings=[LCM], protocol=PROTOCOL, out=tmp_path, ceilings=True)
     assert [request.seed for request in asked] == [0, 1, 2]
-    assert {request.num_inference_steps for request in asked} == {2}
-    assert (made.setting, real.setting, coded.setting) == ("lcm@2", "real", "autoencoded")
+    assert {request.num_inference_steps for request in asked} == {1}
+    assert (made.setting, real.setting, coded.setting) == ("lcm@1", "real", "autoencoded")
     assert (made.seconds, made.evaluations) == (2.0, 2)  # the median of 1, 2, 3
     assert (real.seconds, real.evaluations) == (None, 0)
     figures = {"setting": "", "seconds": None, "evaluations": 0}
@@ -80,7 +80,7 @@ def test_a_perfect_model_gets_what_real_clips_get(fresh_model, tmp_path, monkeyp
 
 
 def test_rows_are_kept_and_measured_once(fresh_model, tmp_path, monkeypatch):
-    settings = [LCM, Setting.parse("ddim@2:4")]
+    settings = [LCM, Setting.parse("ddim@1:4")]
     options = {"protocol": PROTOCOL, "out": tmp_path, "kinds": ("images", "clips")}
     first = evaluate(fresh_model, "m", settings=settings[:1], **options)
     asked = []
@@ -89,17 +89,17 @@ def test_rows_are_kept_and_measured_once(fresh_model, tmp_path, monkeypatch):
     assert both[:2] == first
     assert {(r.sampler, r.guidance_scale) for r in asked} == {("ddim", 4)}
     assert [(row.kind, row.n, row.evaluations) for row in both] == [
+        ("images", 3, 1),
+        ("clips", 3, 1),
         ("images", 3, 2),
         ("clips", 3, 2),
-        ("images", 3, 4),
-        ("clips", 3, 4),
     ]
     assert [r.num_frames for r in asked] == [1, 1, 1, None, None, None]
     assert sorted(p.name for p in (tmp_path / "rows").iterdir()) == [
-        "ddim@2-4.json",
-        "images-ddim@2-4.json",
-        "images-lcm@2.json",
-        "lcm@2.json",
+        "ddim@1-4.json",
+        "images-ddim@1-4.json",
+        "images-lcm@1.json",
+        "lcm@1.json",
     ]
     asked.clear()
     assert evaluate(fresh_model, "m", settings=settings, **options) == both
@@ -120,14 +120,14 @@ def test_rows_of_another_model_are_not_taken_for_ones_own(fresh_model, tmp_path,
     options = {"settings": [LCM], "protocol": PROTOCOL, "out": tmp_path, "kinds": ("clips",)}
     evaluate(fresh_model, "m", **options)
     other = replace(fresh_model, schedule=NoiseSchedule(solver_steps=25))
-    with pytest.raises(ValueError, match=r"lcm@2\.json is of another model or protocol"):
+    with pytest.raises(ValueError, match=r"lcm@1\.json is of another model or protocol"):
         evaluate(other, "m", **options)
-    with pytest.raises(ValueError, match=r"lcm@2\.json is of another model or protocol"):
+    with pytest.raises(ValueError, match=r"lcm@1\.json is of another model or protocol"):
         evaluate(fresh_model, "m", **{**options, "protocol": replace(PROTOCOL, real=5)})
     assert len(asked) == 3
     (row,) = evaluate(other, "m", force=True, **options)
     assert len(asked) == 6
-    assert read_row(tmp_path / "rows" / "lcm@2.json") == row
+    assert read_row(tmp_path / "rows" / "lcm@1.json") == row
 
 
 def test_the_fingerprint_is_of_every_network(fresh_model):

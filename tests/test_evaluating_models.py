@@ -1,16 +1,15 @@
-"""``animatelcm eval ucf101`` and ``vbench``: from a model to a table; wrong input is one sentence before any work."""
+"""``animatelcm eval emoji``, ``ucf101`` and ``vbench``: from a model to a table; wrong input is a sentence at once."""
 
 from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
-from animatelcm.bundle import save
-from animatelcm.evaluate import ucf101
+from animatelcm.evaluate import judge, ucf101
 from test_evaluate_ucf101 import LENGTHS, avi
 from test_evaluate_vbench import SUITE, fake
 from test_evaluating import fails, program, run
@@ -22,10 +21,52 @@ def weights(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model(fresh_model, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "model"
-    save(fresh_model, path, dtype=torch.float32)
-    return str(path)
+def model(fresh_folder):
+    return str(fresh_folder)
+
+
+@pytest.fixture
+def four_concepts(monkeypatch):
+    """Subjects for a judge that knows few."""
+    monkeypatch.setattr(judge, "Protocol", partial(judge.Protocol, concepts=("parrot", "banana", "rocket", "zebra")))
+
+
+def test_emoji_measures_once_and_prints_one_object(model, four_concepts, tmp_path, capsys):
+    words = ["emoji", "--model", model, "--settings", "lcm@1", "ddim@1:2", "--clips", "2", "--real", "3"]
+    words += ["--kinds", "images", "clips", "--keep", "1", "--out", tmp_path]
+    first = json.loads(run([*words, "--json"], capsys)[0])
+    assert [(row["setting"], row["kind"]) for row in first["rows"]] == [
+        ("lcm@1", "images"),
+        ("lcm@1", "clips"),
+        ("ddim@1:2", "images"),
+        ("ddim@1:2", "clips"),
+    ]
+    assert [row["evaluations"] for row in first["rows"]] == [1, 1, 2, 2]
+    assert {row["model"] for row in first["rows"]} == {model}
+    assert json.loads((tmp_path / "report.json").read_text()) == first
+    assert json.loads((tmp_path / "rows" / "ddim@1-2.json").read_text()) == first["rows"][3]
+    assert len(list((tmp_path / "clips").rglob("*.mp4"))) == 2  # one of each setting
+    shown, _ = run(words, capsys)
+    assert shown.count("\n") == 2 + 4 + 2  # and the protocol
+    assert shown.count(model) == 4
+    assert json.loads((tmp_path / "report.json").read_text()) == first  # the seconds too: nothing was measured again
+    assert "choose another folder, or --force" in fails([*words, "--real", "4"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--settings", "lcm"], "SAMPLER@STEPS"),
+        (["--settings", "euler@4"], "euler"),
+        (["--clips", "1"], "clips=1"),
+        (["--style-truth", "nobody"], "nobody"),
+        (["--kinds", "dreams"], "dreams"),
+        (["--style", "nowhere.safetensors:0.8"], "nowhere.safetensors"),
+    ],
+)
+def test_emoji_refuses_in_a_sentence(words, named, model, tmp_path, capsys):
+    assert named in fails(["emoji", "--model", model, "--out", tmp_path, *words], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 SMALL = ["--size", "32x32", "--settings", "steps=1", "guidance=1"]

@@ -17,6 +17,7 @@ from animatelcm.ldm import read_checkpoint
 from animatelcm.nets import sd15
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
+from networks import same_state
 
 TEXT = 64
 """One attention head of CLIP's."""
@@ -128,7 +129,7 @@ def test_a_half_precision_copy_stands_in_for_a_missing_full_one(file, tmp_path):
     before = load(tmp_path / "model")
     unet.rename(unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
     after = load(tmp_path / "model")
-    assert all(torch.equal(value, after.unet.state_dict()[key]) for key, value in before.unet.state_dict().items())
+    assert same_state(after.unet.state_dict(), before.unet.state_dict())
 
 
 def test_the_autoencoder_of_older_diffusers_is_read(file, tmp_path):

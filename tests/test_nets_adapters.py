@@ -22,19 +22,10 @@ from animatelcm.nets.adapters import (
 from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig, VideoUNet
+from networks import TWO
 
 SD15 = UNetConfig(block_out_channels=(16, 32, 32, 32), cross_attention_dim=12, attention_head_dim=4, norm_num_groups=8)
 """Stable Diffusion 1.5 made narrow."""
-TWO = UNetConfig(
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2,
-    layers_per_block=1,
-    cross_attention_dim=12,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
-"""As the miniature."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.downsampling import Downsample2D
@@ -7,20 +9,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 
+import networks
 from animatelcm.nets import blocks
 from animatelcm.nets.blocks import Downsampler, DownStage, ResnetBlock, SpatialTransformer, Upsampler, UpStage
 from animatelcm.nets.motion import MotionConfig, MotionModule
-from animatelcm.nets.unet import UNetConfig
 
-SMALL = UNetConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=3,
-    cross_attention_dim=6,
-    attention_head_dim=2,
-    norm_num_groups=4,
-)
+SMALL = replace(networks.SMALL, layers_per_block=3)
 MOTION = MotionConfig(num_attention_heads=2, norm_num_groups=4)
 
 

@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from animatelcm.nets import graphs
 from animatelcm.nets.graphs import Graphs
 from animatelcm.nets.motion import MotionConfig
-from animatelcm.nets.unet import UNetConfig, VideoUNet
-
-SMALL = UNetConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    cross_attention_dim=6,
-    attention_head_dim=2,
-    norm_num_groups=4,
-)
+from animatelcm.nets.unet import VideoUNet
+from networks import SMALL
 
 
 def repeated(call):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +10,12 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import networks
 from animatelcm.nets import fused
 from animatelcm.nets.motion import MotionConfig, MotionModule, TemporalAttention, sinusoid
-from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.nets.unet import VideoUNet
 
-SMALL = UNetConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=8,
-    attention_head_dim=2,
-    norm_num_groups=4,
-)
+SMALL = replace(networks.SMALL, layers_per_block=2, cross_attention_dim=8)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

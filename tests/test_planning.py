@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from animatelcm import recipes, stages
+from animatelcm import planning, recipes, stages
 from animatelcm.bundle import save
 from animatelcm.config import ConsistencyConfig, LoraConfig
 from animatelcm.nets import lora
@@ -44,6 +44,16 @@ def test_a_distillation_adds_three_evaluations(fresh_model, kind, frames):
         unet(*_inputs(frames), motion=frames > 1)
     found = plan(config).flops - plan(_both("diffusion", kind)).flops
     assert found == 3 * config.batch_size * counter.get_total_flops()
+
+
+def test_operations_are_counted_as_torch_counts_them(monkeypatch):
+    class Theirs(FlopCounterMode):
+        total = property(FlopCounterMode.get_total_flops)
+
+    config = replace(recipes.teacher_emoji(), batch_size=1, gradient_checkpointing=True)
+    ours = counted(config)
+    monkeypatch.setattr(planning, "_Flops", lambda: Theirs(display=False))
+    assert counted(config) == ours
 
 
 def test_activations_are_what_the_forward_pass_keeps(fresh_model):

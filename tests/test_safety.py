@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,10 @@ import torch
 
 from animatelcm import Pipeline, load
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import save
 from animatelcm.conversion import convert
 from animatelcm.fusion import fuse
 from animatelcm.inspection import describe
 from animatelcm.request import ModelSource
-from test_condition import beside
 
 
 class _Payload:
@@ -71,9 +70,9 @@ def test_nothing_runs(hostile, door):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "motion_adapter"])
-def test_nothing_runs_in_a_folder(hostile, fresh_model, tmp_path, part):
+def test_nothing_runs_in_a_folder(hostile, steered_folder, tmp_path, part):
     file, marker = hostile
-    save(fresh_model, tmp_path / "model")
+    shutil.copytree(steered_folder, tmp_path / "model")
     (weights,) = (tmp_path / "model" / part).glob("*.safetensors")
     weights.unlink()
     stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
@@ -85,10 +84,10 @@ def test_nothing_runs_in_a_folder(hostile, fresh_model, tmp_path, part):
 
 @pytest.mark.parametrize("name", ["edge", "pose", "i2v"])
 @pytest.mark.parametrize("door", ["load", "adapter", "inspect", "convert"])
-def test_nothing_runs_in_an_adapters_folder(hostile, fresh_model, tmp_path, name, door):
+def test_nothing_runs_in_an_adapters_folder(hostile, steered_folder, tmp_path, name, door):
     file, marker = hostile
     folder = tmp_path / "model"
-    save(beside(fresh_model, name), folder)
+    shutil.copytree(steered_folder, folder)
     place = folder / "adapters" / name
     (place / "diffusion_pytorch_model.safetensors").unlink()
     file.rename(place / "diffusion_pytorch_model.bin")

@@ -23,29 +23,20 @@ from animatelcm.nets import lora
 from animatelcm.nets.adapters import Adapter, Clues, Hints, controlnet, t2i_adapter
 from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig
 from animatelcm.nets.motion import MotionConfig
-from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.nets.unet import VideoUNet
 from animatelcm.rng import generator
 from animatelcm.roles import Roles, adapter_roles
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.training import train
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import LoraLayer
+from networks import TWO
 
 DRAW = partial(generator, 0, 0, 0)
 
 # The miniature made narrow: who is asked, what learns, what a run leaves.
 
-NARROW = UNetConfig(
-    in_channels=16,
-    out_channels=16,
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2,
-    layers_per_block=1,
-    norm_num_groups=8,
-    cross_attention_dim=128,
-    attention_head_dim=2,
-)
+NARROW = replace(TWO, in_channels=16, out_channels=16, cross_attention_dim=128, attention_head_dim=2)
 
 
 @torch.no_grad()

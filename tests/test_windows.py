@@ -160,7 +160,7 @@ def test_a_video_of_one_window_is_what_it_was(fresh_model, sampler, noise):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_evaluations_grow_with_frames_and_are_counted(fresh_model, guidance):
     halves = 2 if guidance != 1 else 1
-    for hops in range(1, 4):
+    for hops in (1, 3):
         request = _request(num_frames=4 + 3 * hops, guidance_scale=guidance)
         asked = _asked(fresh_model, request)
         assert sum(shape[0] for shape in asked) == 2 * halves * (1 + hops)
@@ -170,7 +170,9 @@ def test_evaluations_grow_with_frames_and_are_counted(fresh_model, guidance):
 
 def test_the_seed_decides(fresh_model):
     for noise in ("random", "freenoise"):
-        first, again, other = (_latents(fresh_model, _request(noise=noise, seed=seed)) for seed in (1, 1, 2))
+        first, again, other = (
+            _latents(fresh_model, _request(noise=noise, seed=seed, num_inference_steps=1)) for seed in (1, 1, 2)
+        )
         assert (first == again).all()
         assert (first != other).any()
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from animatelcm.config import LCM_TARGETS, LoraConfig, TrainConfig
 from animatelcm.nets import emoji, lora, sd15
@@ -164,6 +166,25 @@ def _trains(config: TrainConfig, name: str) -> bool:
     return config.trainable == ("motion" if "motion_modules" in name else "image")
 
 
+class _Flops(TorchDispatchMode):
+    """A sum by torch's own formulas. Its ``FlopCounterMode`` also asks of each operation in which module it is, which
+    takes as long again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
 def _count(role: Role, inputs: Inputs, clues: Clues) -> tuple[int, int, int]:
     """FLOPs of a forward and of its backward pass, and the bytes in float32 that the first keeps for the second."""
     saved: dict[int, torch.UntypedStorage] = {}
@@ -173,14 +194,14 @@ def _count(role: Role, inputs: Inputs, clues: Clues) -> tuple[int, int, int]:
         saved[storage._cdata] = storage
         return tensor
 
-    with FlopCounterMode(display=False) as counter, _fused_attention():
+    with _Flops() as flops, _fused_attention():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = role(*inputs, motion=role.network.motion is not None, clues=clues).sum()
-        forward = counter.get_total_flops()
+        forward = flops.total
         loss.backward()
     weights = {parameter.untyped_storage()._cdata for _, parameter in _parameters(role)}
     kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
-    return forward, counter.get_total_flops() - forward, kept
+    return forward, flops.total - forward, kept
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
