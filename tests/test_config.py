@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from animatelcm import recipes
-from animatelcm.config import DataConfig, TrainConfig
+from animatelcm.config import ConsistencyConfig, DataConfig, TrainConfig
 
 RECIPES = [recipes.vae_emoji, recipes.base_emoji, recipes.teacher_emoji]
 
@@ -48,3 +48,7 @@ def test_fields_that_contradict_each_other_are_refused():
         replace(recipes.teacher_emoji(), data=DataConfig(kind="emoji-images"))
     with pytest.raises(ValueError, match="folder"):
         DataConfig(kind="folder")
+    with pytest.raises(ValueError, match="distance=elements"):
+        ConsistencyConfig(first_frame=4.0, distance="clip")
+    with pytest.raises(ValueError, match="first_frame=0"):
+        ConsistencyConfig(first_frame=0.0)

@@ -51,6 +51,14 @@ def test_pseudo_huber_is_its_definition_in_float64(c: float) -> None:
     torch.testing.assert_close(pseudo_huber_norm(x, c).double(), of_norm, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("times", [1, 3, 8])
+def test_a_first_frame_that_counts_for_several_is_that_frame_several_times(times: int) -> None:
+    x = clips()
+    again = torch.cat([x[:, :, :1]] * times + [x[:, :, 1:]], dim=2)
+    torch.testing.assert_close(pseudo_huber(x, 0.1, first_frame=times), pseudo_huber(again, 0.1))
+    torch.testing.assert_close(pseudo_huber(x[:, :, :1], 0.1, first_frame=times), pseudo_huber(x[:, :, :1], 0.1))
+
+
 def test_pseudo_huber_is_a_square_below_c_and_an_absolute_value_above() -> None:
     c = 1e-3
     small, large = clips() * 1e-6, clips() * 1e4

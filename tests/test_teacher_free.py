@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from animatelcm import objectives
 from animatelcm.config import ConsistencyConfig
-from animatelcm.consistency import renoise
+from animatelcm.consistency import boundary_scalings, renoise
 from animatelcm.data.batches import ClipBatch
 from animatelcm.losses import pseudo_huber, pseudo_huber_norm
 from animatelcm.rng import generator
@@ -77,6 +77,29 @@ def test_the_objective_asks_its_target_at_the_ddim_point(k):
     eps = torch.randn(x_0.shape, generator=DRAW("noise"))
     wanted = ddim_step(x_t.double(), eps.double(), SCHEDULE.level(t), SCHEDULE.level(s))
     assert ((x_s - wanted).flatten(1).norm(dim=1) <= 1e-5 * wanted.flatten(1).norm(dim=1)).all()
+
+
+def test_the_first_frame_counts_as_often_as_the_config_says():
+    """Where everybody predicts no noise at all, the loss is of x_t / alpha - x_s / alpha_s, frame by frame."""
+    x_0 = _normal(40, 4, 3, 2, 2).float()
+    silent = Roles(*(lambda x, t, text, **_: torch.zeros_like(x) for _ in range(2)), None)
+    batch = ClipBatch(captions=("",) * len(x_0), latents=x_0)
+
+    def losses(first: float, clip: ClipBatch) -> Tensor:
+        config = ConsistencyConfig(k=300, earlier="noise", huber_c=0.3, first_frame=first)
+        return objectives.consistency(MODEL, silent, clip, DRAW, config=config).loss
+
+    x_t, t, x_s, s = _asked(x_0, ConsistencyConfig(k=300, earlier="noise", huber_c=0.3))
+    skips, outs = zip(*(boundary_scalings(time) for time in (t, s)), strict=True)
+    ends = [
+        (skip[:, None, None, None, None] + out[:, None, None, None, None] / _level(time).over(x).alpha) * x
+        for x, time, skip, out in zip((x_t, x_s), (t, s), skips, outs, strict=True)
+    ]
+    huber = ((ends[0] - ends[1]).double().square() + 0.09).sqrt() - 0.3
+    frames = huber.mean(dim=(1, 3, 4))
+    for first in (1.0, 5.0):
+        wanted = (frames * torch.tensor([first, 1.0, 1.0])).sum(1) / (first + 2)
+        assert torch.allclose(losses(first, batch).double(), wanted, rtol=1e-4)
 
 
 # Gaussian data N(MEAN, SPREAD^2): with phi = atan2(sigma, SPREAD alpha) everything is an angle.

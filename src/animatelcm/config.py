@@ -112,6 +112,8 @@ class ConsistencyConfig:
     huber_c: float = 1e-3
     distance: Literal["elements", "clip"] = "elements"
     """Pseudo-Huber of every element, averaged (released code), or of the whole clip's norm (as the paper writes)."""
+    first_frame: float = 1.0
+    """How many other frames a clip's first one counts for: an encoder of pictures has to give that one back."""
     delta: float = 0.0
     gamma: float = 1.0
     """lambda_n = (1 - delta n / N)^gamma (eq. 10)."""
@@ -137,6 +139,11 @@ class ConsistencyConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if self.huber_c <= 0:
             raise ValueError(f"huber_c={self.huber_c} must be positive, in units of latents")
+        if self.first_frame <= 0 or (self.first_frame != 1 and self.distance != "elements"):
+            raise ValueError(
+                f"first_frame={self.first_frame} with distance={self.distance!r}: a frame's weight is positive, "
+                "and the norm of a whole clip has none; use distance=elements"
+            )
         if not 1 <= self.solver_steps <= 1000 or (self.k is not None and self.k < 1):
             raise ValueError(f"solver_steps={self.solver_steps} (1..1000) or k={self.k} (1 or more) is out of range")
 

@@ -11,12 +11,17 @@ def mse(diff: Tensor) -> Tensor:
     return diff.float().square().flatten(1).mean(1)
 
 
-def pseudo_huber(diff: Tensor, c: float = 1e-3) -> Tensor:
+def pseudo_huber(diff: Tensor, c: float = 1e-3, *, first_frame: float = 1.0) -> Tensor:
     """(B, ...) -> (B,): the mean over elements of sqrt(diff^2 + c^2) - c, in float32; c in latent units.
 
-    This is how LCM and AnimateLCM are trained in released code; the paper writes `pseudo_huber_norm`.
+    This is how LCM and AnimateLCM are trained in released code; the paper writes `pseudo_huber_norm`. The first frame
+    of clips (B, C, F, ...) counts as much as ``first_frame`` others.
     """
-    return _huber(diff.float().square(), c).flatten(1).mean(1)
+    values = _huber(diff.float().square(), c)
+    if first_frame == 1:
+        return values.flatten(1).mean(1)
+    frames = values.transpose(1, 2).flatten(2).mean(2)
+    return (frames[:, 0] * first_frame + frames[:, 1:].sum(1)) / (first_frame + frames.shape[1] - 1)
 
 
 def pseudo_huber_norm(diff: Tensor, c: float = 1e-3) -> Tensor:
