@@ -48,6 +48,8 @@ def test_exchanged_clips_show_other_subjects_and_motions(judge):
     assert one["motion_accuracy"] == pytest.approx(1 / 12)  # both rounds begin with the same motion
     assert one["concept_accuracy"] == pytest.approx(same, abs=0.06)
     assert sum(one["missed_motions"].values()) == 11
+    low, high = one["intervals"]["motion_accuracy"]
+    assert low == 0 < 1 / 12 < high < 1
     assert one["fvd_like"] is None
 
 

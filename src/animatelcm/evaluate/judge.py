@@ -11,6 +11,7 @@ Judged are every third frame and every third step from frame to frame.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -170,10 +171,10 @@ class Judge:
             "concept_accuracy": right.view(len(clips), -1),
             "motion_accuracy": torch.tensor([a == b for (a, _), b in zip(named, shown, strict=True)]).double(),
         }
-        intervals = {name: _ends(lambda drawn: float(drawn.mean()), sample) for name, sample in samples.items()}
+        intervals = {name: _ends(lambda drawn: float(drawn.mean()), sample, 1.0) for name, sample in samples.items()}
         if kind == "clips":
             features = self._features(clips, "features", len(clips))
-            intervals["fvd_like"] = _ends(self._distance, features, resamples=200)
+            intervals["fvd_like"] = _ends(self._distance, features, math.inf, resamples=200)
         return {
             "n": len(clips),
             "concept_accuracy": 1 - concepts.total() / len(asked),
@@ -192,12 +193,14 @@ class Judge:
         return fmean(motion_amount(clip) for clip in clips) / real
 
 
-def _ends(statistic: Callable[[Tensor], float], sample: Tensor, resamples: int = 1000) -> tuple[float, float] | None:
-    """Of an interval over the rows of a sample; None where there are too few."""
+def _ends(
+    statistic: Callable[[Tensor], float], sample: Tensor, most: float, resamples: int = 1000
+) -> tuple[float, float] | None:
+    """Of an interval over the rows of a sample, of a figure from 0 to ``most``; None where there are too few."""
     if len(sample) < 2:
         return None
     found = interval(statistic, sample, resamples=resamples)
-    return found.low, found.high
+    return max(found.low, 0.0), min(found.high, most)
 
 
 def _missed(asked: Sequence[str], seen: Sequence[str]) -> Counter[str]:
