@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from animatelcm.evaluate.bootstrap import interval
+from animatelcm.evaluate.bootstrap import average, ends, interval
 from animatelcm.evaluate.frechet import frechet_distance, gaussian
 
 
@@ -28,6 +28,18 @@ def test_the_interval_of_a_mean_is_the_normal_one():
     assert found.low == pytest.approx(mean(x) - reach, abs=0.08 * reach)
     assert found.high == pytest.approx(mean(x) + reach, abs=0.08 * reach)
     assert abs(found.bias) < 0.05 * reach
+
+
+def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
+    both = torch.tensor([6.0, 4.0]) + normal(500, 2, seed=7) @ torch.tensor([[1.0, 0.8], [0.0, 0.3]]).double()
+    ratio = float(both[:, 0].mean() / both[:, 1].mean())
+    assert average(both) == pytest.approx(ratio, rel=1e-12)
+    spread = (both[:, 0] - ratio * both[:, 1]).std(correction=0) / both[:, 1].mean()
+    reach = 1.96 * float(spread) / 500**0.5
+    low, high = ends(average, both, resamples=3000)
+    assert (ratio - low, high - ratio) == pytest.approx((reach, reach), rel=0.1)
+    assert ends(average, both, (ratio - reach / 2, ratio)) == (ratio - reach / 2, ratio)
+    assert ends(average, both[:1]) is None
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])

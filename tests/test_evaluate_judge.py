@@ -65,6 +65,7 @@ def test_intervals_hold_the_figure_and_are_as_wide_as_the_binomial_ones(judge, o
     low, high = of_real["intervals"]["fvd_like"]
     assert low < of_real["fvd_like"] < high
     assert of_real["intervals"]["motion_accuracy"] == (1, 1)
+    assert of_real["intervals"]["motion_amount"] == pytest.approx((1, 1))
 
 
 def test_the_floor_is_the_distance_of_real_clips(judge):

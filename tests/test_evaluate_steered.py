@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from animatelcm.data.emoji import EmojiClips, drawn
+from animatelcm.data.emoji import EmojiClips, drawn, staged
 from animatelcm.data.looks import layout
 from animatelcm.data.sprites import SpritePack
+from animatelcm.evaluate import steered
+from animatelcm.evaluate.bootstrap import average
 from animatelcm.evaluate.features import load_network
-from animatelcm.evaluate.steered import condition, following, keeping
+from animatelcm.evaluate.steered import condition
 
 PACK = SpritePack()
 DATA = EmojiClips(length=6, seed=5, pack=PACK)
@@ -20,6 +22,14 @@ REAL = [drawn(shot, PACK) for shot in SHOTS]
 @pytest.fixture(scope="module")
 def network():
     return load_network()
+
+
+def following(*arguments) -> dict[str, float]:
+    return {name: average(sample) for name, sample in steered.following(*arguments).items()}
+
+
+def keeping(*arguments) -> dict[str, float]:
+    return {name: average(sample) for name, sample in steered.keeping(*arguments).items()}
 
 
 def test_a_condition_is_what_the_real_clip_shows():
@@ -66,3 +76,15 @@ def test_a_clip_keeps_to_its_own_picture_best(network):
     assert other["identity"] < 0.8
     assert other["first_frame_psnr"] < 20
     assert other["colour_error"] > 5
+
+
+def test_samples_have_a_row_a_clip_and_none_is_an_error(network):
+    found = steered.following("edge", SHOTS, REAL, REAL, PACK) | steered.keeping(
+        network, REAL, REAL, [clip[0] for clip in REAL]
+    )
+    assert {len(sample) for sample in found.values()} == {len(SHOTS)}
+    own = [shot for shot in SHOTS if staged(shot, PACK).sprites.ndim == 4]
+    assert own
+    clips = [drawn(shot, PACK) for shot in own]
+    with pytest.raises(ValueError, match="ask for more clips"):
+        steered.following("pose", own, clips, clips, PACK)

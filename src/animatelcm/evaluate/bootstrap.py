@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,6 +56,25 @@ def interval(
     ends = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     low, high = (value + ends - drawn.mean()).tolist()
     return Interval(low, high, float(drawn.mean()) - value, level, resamples, seed)
+
+
+def average(sample: Tensor) -> float:
+    """A figure of clips (N,), a number each; or of (N, 2), the ratio of the means of two numbers each."""
+    means = sample.double().mean(0)
+    return float(means[0] / means[1]) if sample.ndim == 2 else float(means)
+
+
+def ends(
+    statistic: Callable[[Tensor], float],
+    sample: Tensor,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    resamples: int = 1000,
+) -> tuple[float, float] | None:
+    """Of an interval over the rows of a sample, of a figure within bounds; None where there are too few."""
+    if len(sample) < 2:
+        return None
+    found = interval(statistic, sample, resamples=resamples)
+    return max(found.low, bounds[0]), min(found.high, bounds[1])
 
 
 def _again(sample: Tensor, seed: int, draw: int, number: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import animatelcm
 from animatelcm import video
@@ -27,6 +28,7 @@ from animatelcm.data.batches import to_pixels
 from animatelcm.data.emoji import Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
 from animatelcm.evaluate import steered
+from animatelcm.evaluate.bootstrap import average, ends
 from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, silent
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
@@ -191,11 +193,13 @@ def _made(kind: Kind, name: str, make: Maker, judge: Judge) -> tuple[list[Shot],
 def _measured(kind: Kind, shots: list[Shot], takes: list[Take], judge: Judge) -> dict[str, Any]:
     seconds = [take.seconds for take in takes if take.seconds is not None]
     made = {"seconds": median(seconds) if seconds else None, "evaluations": takes[0].evaluations}
-    return {**made, **judge.figures(kind, shots, [take.frames for take in takes]), **_steered(judge, shots, takes)}
+    figures, samples = judge.figures(kind, shots, [take.frames for take in takes]), _steered(judge, shots, takes)
+    figures["intervals"] |= {name: found for name, each in samples.items() if (found := ends(average, each))}
+    return {**made, **figures, **{name: average(each) for name, each in samples.items()}}
 
 
-def _steered(judge: Judge, shots: list[Shot], takes: list[Take]) -> dict[str, float]:
-    """Figures of clips that something steered."""
+def _steered(judge: Judge, shots: list[Shot], takes: list[Take]) -> dict[str, Tensor]:
+    """Figures of clips that something steered, a row a clip."""
     steer, pack = judge.protocol.steer, judge.protocol.pack
     if not steer:
         return {}

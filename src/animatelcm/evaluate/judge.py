@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from animatelcm.data.emoji import BASE_STYLES, EmojiClips, Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SMALL_CONCEPTS, SpritePack
-from animatelcm.evaluate.bootstrap import interval
+from animatelcm.evaluate.bootstrap import average, ends
 from animatelcm.evaluate.concepts import ConceptClassifier
 from animatelcm.evaluate.features import JUDGED, SIDE, clip_features, network_hash
 from animatelcm.evaluate.frechet import Gaussian, frechet_distance, gaussian
@@ -171,10 +170,13 @@ class Judge:
             "concept_accuracy": right.view(len(clips), -1),
             "motion_accuracy": torch.tensor([a == b for (a, _), b in zip(named, shown, strict=True)]).double(),
         }
-        intervals = {name: _ends(lambda drawn: float(drawn.mean()), sample, 1.0) for name, sample in samples.items()}
+        intervals = {name: ends(lambda drawn: float(drawn.mean()), each, (0, 1)) for name, each in samples.items()}
+        moved = None if kind == "images" else self._motion_amounts(shots, clips)
+        if moved is not None:
+            intervals["motion_amount"] = ends(average, moved)
         if kind == "clips":
             features = self._features(clips, "features", len(clips))
-            intervals["fvd_like"] = _ends(self._distance, features, math.inf, resamples=200)
+            intervals["fvd_like"] = ends(self._distance, features, (0, math.inf), resamples=200)
         return {
             "n": len(clips),
             "concept_accuracy": 1 - concepts.total() / len(asked),
@@ -182,25 +184,17 @@ class Judge:
             "named": len(named),
             "motion_accuracy": 1 - motions.total() / len(named) if named else None,
             "missed_motions": dict(motions.most_common(12)),
-            "motion_amount": None if kind == "images" else self._motion_amount(shots, clips),
+            "motion_amount": None if moved is None else average(moved),
             "fvd_like": self._distance(features) if kind == "clips" else None,
             "fvd_floor": self.reference.floor if kind == "clips" else None,
-            "intervals": {name: ends for name, ends in intervals.items() if ends},
+            "intervals": {name: found for name, found in intervals.items() if found},
         }
 
-    def _motion_amount(self, shots: Sequence[Shot], clips: Sequence[np.ndarray]) -> float:
-        real = fmean(motion_amount(drawn(shot, self.protocol.pack)) for shot in shots)
-        return fmean(motion_amount(clip) for clip in clips) / real
-
-
-def _ends(
-    statistic: Callable[[Tensor], float], sample: Tensor, most: float, resamples: int = 1000
-) -> tuple[float, float] | None:
-    """Of an interval over the rows of a sample, of a figure from 0 to ``most``; None where there are too few."""
-    if len(sample) < 2:
-        return None
-    found = interval(statistic, sample, resamples=resamples)
-    return max(found.low, 0.0), min(found.high, most)
+    def _motion_amounts(self, shots: Sequence[Shot], clips: Sequence[np.ndarray]) -> Tensor:
+        """(N, 2): of each clip, and of the real one."""
+        real = (drawn(shot, self.protocol.pack) for shot in shots)
+        pairs = [tuple(map(motion_amount, pair)) for pair in zip(clips, real, strict=True)]
+        return torch.tensor(pairs, dtype=torch.float64)
 
 
 def _missed(asked: Sequence[str], seen: Sequence[str]) -> Counter[str]:

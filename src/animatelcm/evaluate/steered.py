@@ -7,14 +7,17 @@ The picture of a clip is its real clip's first frame, its layout that of all its
 * edge, canny, tile: control error is 1 - F1 of the edges; pose, depth: distance of the thing's centre, in pixels.
   Clips of a subject's own animation are left out for pose, whose keypoints stand still in them.
 * Flicker: the variance of that error from frame to frame, and the warped difference, over that of the real clips.
+
+Figures come as samples, a row a clip, of which ``bootstrap.average`` makes one number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from animatelcm.adapters import IMAGE
 from animatelcm.condition import Condition, Control
@@ -40,7 +43,7 @@ def condition(shot: Shot, pack: SpritePack, steer: Steer) -> Condition:
 
 def keeping(
     network: EfficientNetLite0, clips: Sequence[np.ndarray], real: Sequence[np.ndarray], firsts: Sequence[np.ndarray]
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """How well clips keep to the first frames of real ones; ``firsts`` are these through the autoencoder, uint8."""
     found: dict[str, list[float]] = {"identity": [], "first_frame_psnr": [], "colour_error": []}
     for clip, truth, first in zip(clips, real, firsts, strict=True):
@@ -48,14 +51,14 @@ def keeping(
         found["identity"].append(float(identity(features[1:], features[0]).mean()))
         found["first_frame_psnr"].append(min(psnr(clip[0], first), 60.0))
         found["colour_error"].append(float(colour_error(clip, truth[0]).mean()))
-    return {name: fmean(values) for name, values in found.items()}
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
 def following(
     steer: Steer, shots: Sequence[Shot], clips: Sequence[np.ndarray], real: Sequence[np.ndarray], pack: SpritePack
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """How well, and how steadily, clips follow the layouts of real ones."""
-    errors, flicker, warped, warped_real = [], [], [], []
+    errors, flicker, warped = [], [], []
     for shot, clip, truth in zip(shots, clips, real, strict=True):
         if steer in RENDERED:
             sprites = staged(shot, pack).sprites
@@ -67,10 +70,8 @@ def following(
         moved = displacements(shot.poses, CELL, CELL)
         errors.append(float(away.mean()))
         flicker.append(error_variance(away))
-        warped.append(warped_difference(clip, moved))
-        warped_real.append(warped_difference(truth, moved))
-    return {
-        "control_error": fmean(errors),
-        "control_flicker": fmean(flicker),
-        "warped_difference": fmean(warped) / fmean(warped_real),
-    }
+        warped.append((warped_difference(clip, moved), warped_difference(truth, moved)))
+    if not errors:
+        raise ValueError(f"none of {len(clips)} clips is judged by {steer} maps; ask for more clips")
+    found = {"control_error": errors, "control_flicker": flicker, "warped_difference": warped}
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
