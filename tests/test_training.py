@@ -32,15 +32,34 @@ def _equal(one, two):
     return all(one[p].keys() == two[p].keys() and all(torch.equal(one[p][k], two[p][k]) for k in one[p]) for p in one)
 
 
-@pytest.mark.parametrize("recipe", [recipes.base_emoji, recipes.vae_emoji])
-def test_nine_steps_are_three_and_six_bit_for_bit(recipe, tmp_path):
-    """Two times and a bit through the data, stopped on the way through it."""
-    whole = _run(_tiny(recipe, tmp_path / "whole", steps=9))
-    parts = _tiny(recipe, tmp_path / "parts", steps=9)
+@pytest.mark.parametrize(("recipe", "count"), [(recipes.base_emoji, 1), (recipes.vae_emoji, 2)])
+def test_nine_steps_are_three_and_six_bit_for_bit(recipe, count, tmp_path):
+    """Two times and a bit through the data, stopped on the way through it; also where a step takes two batches."""
+    whole = _run(_tiny(recipe, tmp_path / "whole", steps=9, gradient_accumulation_steps=count))
+    parts = _tiny(recipe, tmp_path / "parts", steps=9, gradient_accumulation_steps=count)
     first = _run(parts, stop_after=3)
     assert _equal(_run(parts, resume=True), whole)
     assert not _equal(first, whole)
     assert not _equal(_run(_tiny(recipe, tmp_path / "other", steps=9, seed=1), stop_after=3), first)
+
+
+def test_a_step_of_several_batches_has_the_mean_of_their_gradients(tmp_path):
+    """The gradients g of two steps that leave the weights as they are show in Adam's first moment, m = 0.1 g_0 at first
+    and 0.1 (0.9 g_0 + g_1) then; one step of both batches has m = 0.1 (g_0 + g_1) / 2."""
+    still = {"learning_rate": 1e-30, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    one, two, both = (
+        _run(_tiny(recipes.base_emoji, tmp_path / name, steps=steps, gradient_accumulation_steps=count, **still))
+        for name, steps, count in (("one", 1, 1), ("two", 2, 1), ("both", 1, 2))
+    )
+    assert all(torch.allclose(one["weights"][name], value, atol=1e-20) for name, value in two["weights"].items())
+    moments = [name for name in both["optimizer"] if name.endswith("exp_avg")]
+    assert any(both["optimizer"][name].abs().max() > 0 for name in moments)
+    for name in moments:
+        first, second, mean = (run["optimizer"][name].double() for run in (one, two, both))
+        wanted = (second + 0.1 * first) / 2
+        assert (mean - wanted).norm() <= 1e-5 * wanted.norm() + 1e-12
+    done = json.loads((tmp_path / "both" / "base_emoji" / "model" / "animatelcm.json").read_text())
+    assert done["trained"]["base_emoji"]["clips"] == 4
 
 
 def test_an_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch):

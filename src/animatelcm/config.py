@@ -171,6 +171,9 @@ class TrainConfig:
     out: Path = Path("runs/out")
     steps: int = 1000
     batch_size: int = 32
+    """Clips or images of one forward pass, on each device."""
+    gradient_accumulation_steps: int = 1
+    """Batches of one optimiser step, one after another: gradients of so many times more clips, in the same memory."""
     learning_rate: float = 1e-4
     lr_schedule: Literal["constant", "onecycle"] = "constant"
     """Constant after the warm-up, or the warm-up and then half a cosine down to 1 % of the rate."""
@@ -195,10 +198,9 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        positive = {"steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
-        for name, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"{name}={value} must be positive")
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.timestep_shift <= 0:
             raise ValueError(f"timestep_shift={self.timestep_shift} must be positive; 1 draws all timesteps alike")
         if self.max_loss_weight < 1:

@@ -96,7 +96,7 @@ def plan(config: TrainConfig) -> Plan:
     return Plan(
         parameters=every,
         trainable=updated,
-        flops=evaluations * forward + backward,
+        flops=config.gradient_accumulation_steps * (evaluations * forward + backward),
         weights_gib=4 * (every + copies * updated + teacher) / GIB,
         activations_gib=kept / (1 if config.mixed_precision == "no" else 2) / GIB,
     )

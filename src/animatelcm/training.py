@@ -131,16 +131,7 @@ def _run(
     with log or nullcontext(), _interrupt() as interrupted:
         while state.step < last and not _any(accelerator, interrupted()):
             began = time.perf_counter()
-            draw = partial(generator, config.seed, state.step, accelerator.process_index)
-            indices = draw_indices(
-                len(source.dataset),
-                config.batch_size,
-                seed=config.seed,
-                step=state.step,
-                rank=accelerator.process_index,
-            )
-            terms = step_module(source.batches(indices), draw)
-            accelerator.backward(terms.loss.mean())
+            terms = _gradients(config, accelerator, step_module, source, state.step)
             update(config, accelerator, optimizer, state)
             state.seconds += time.perf_counter() - began
             if log is not None:
@@ -149,6 +140,23 @@ def _run(
             checkpoint.save(state, config.folder / "checkpoints", config.to_json())
         if log is not None and isinstance(source.dataset, FolderDataset):
             log.note(source.dataset.summary())
+
+
+def _gradients(
+    config: TrainConfig, accelerator: Accelerator, step_module: nn.Module, source: Source, step: int
+) -> Terms:
+    """The backward passes of a step: of its batches, which are those of as many steps of one batch each. Returns all
+    of their losses, and the means of their figures."""
+    count, rank, found = config.gradient_accumulation_steps, accelerator.process_index, []
+    for left, number in zip(reversed(range(count)), range(step * count, (step + 1) * count), strict=True):
+        draw = partial(generator, config.seed, number, rank)
+        indices = draw_indices(len(source.dataset), config.batch_size, seed=config.seed, step=number, rank=rank)
+        with accelerator.no_sync(step_module) if left else nullcontext():  # processes meet at the last one
+            terms = step_module(source.batches(indices), draw)
+            accelerator.backward(terms.loss.mean() / count)
+        found.append(Terms(terms.loss.detach(), terms.logs))
+    logs = {name: torch.stack([terms.logs[name] for terms in found]).mean(0) for name in found[0].logs}
+    return Terms(torch.cat([terms.loss for terms in found]), logs)
 
 
 def update(config: TrainConfig, accelerator: Accelerator, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
@@ -287,7 +295,8 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
 def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> Path:
     """Write the bundle, with what was done to it."""
     left = stages.result(config, model)
-    done = {"steps": state.step, "clips": state.step * config.batch_size, "seconds": round(state.seconds)}
+    clips = state.step * config.gradient_accumulation_steps * config.batch_size
+    done = {"steps": state.step, "clips": clips, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
     facts = replace(left.facts, trained={**left.facts.trained, config.name: done})
     save(replace(left, facts=facts), config.folder / "model", dtype=torch.float32)
