@@ -67,6 +67,8 @@ class Options:
     """Rounds that are timed, after one that is not."""
     batch_size: int | None = None
     """None: the recipe's."""
+    accumulation: int = 1
+    """Parts in which ours takes a batch (gradient_accumulation_steps); the reference takes it whole."""
     gradient_checkpointing: bool | None = None
     """None: as the recipe has it."""
     mixed_precision: Literal["no", "bf16"] | None = None
@@ -119,6 +121,7 @@ def case(options: Options, stage: Stage, place: str, shape: Shape | None) -> Cas
     """A stage as its recipe has it, from the model at ``place``."""
     asked = {name: getattr(options, name) for name in ("batch_size", "gradient_checkpointing", "mixed_precision")}
     changes = {name: value for name, value in asked.items() if value is not None}
+    changes |= {"gradient_accumulation_steps": options.accumulation}
     config = replace(RECIPES[options.size][stage](), model=place, motion=None, **changes)
     if shape is not None:
         frames = 1 if stage == "image" else shape.frames
@@ -191,15 +194,30 @@ def ours(config: TrainConfig, model: VideoModel) -> Side:
     module, optimizer = accelerator.prepare(training._Step(model, objective), state.optimizer)
 
     def backward(batch: ClipBatch, number: int) -> torch.Tensor:
-        loss = module(batch, partial(generator, config.seed, number, 0)).loss.mean()
-        accelerator.backward(loss)
-        return loss.detach()
+        losses, count = [], config.gradient_accumulation_steps
+        for i, part in enumerate(parts(batch, count)):
+            loss = module(part, partial(generator, config.seed, number * count + i, 0)).loss.mean() / count
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def update(number: int) -> None:
         assert number == state.step
         training.update(config, accelerator, optimizer, state)
 
     return Side(dict(state.parameters), backward, update)
+
+
+def parts(batch: ClipBatch, count: int) -> list[ClipBatch]:
+    """A batch in as many of equal size; several are of latents."""
+    if count == 1:
+        return [batch]
+    size, rest = divmod(len(batch.captions), count)
+    if rest:
+        raise SystemExit(f"{len(batch.captions)} clips are not taken in {count} parts; choose --accumulation to suit")
+    assert batch.latents is not None
+    starts = range(0, len(batch.captions), size)
+    return [ClipBatch(captions=batch.captions[i : i + size], latents=batch.latents[i : i + size]) for i in starts]
 
 
 SIDES: dict[str, Callable[[TrainConfig, VideoModel], Side]] = {"ours": ours, "reference": reference}
@@ -257,6 +275,7 @@ def described(case: Case, model: VideoModel, side: Side) -> dict[str, Any]:
     return {
         "recipe": config.name,
         "batch_size": config.batch_size,
+        "accumulation": config.gradient_accumulation_steps,
         "frames": 1 if case.stage == "image" else config.data.num_frames,
         "width": config.data.width,
         "height": config.data.height,

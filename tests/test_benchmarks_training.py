@@ -16,6 +16,7 @@ import training as benchmark
 
 import animatelcm.training
 from animatelcm import schedule
+from animatelcm.data.batches import ClipBatch
 from animatelcm.ema import Ema
 
 TINY = benchmark.Shape(
@@ -124,3 +125,13 @@ def test_a_report_has_every_figure(monkeypatch, capsys):
     assert video["memory_ratio"] == video["ours"]["memory_bytes"] / video["reference"]["memory_bytes"]
     assert video["ours"]["first_loss"] == pytest.approx(video["reference"]["first_loss"], rel=0.05)
     assert "video" in benchmark.table(found)
+
+
+def test_parts_of_a_batch_are_all_of_it_and_equal():
+    batch = ClipBatch(captions=("a", "b", "c", "d"), latents=torch.arange(8.0).view(4, 2, 1, 1, 1))
+    one, two = benchmark.parts(batch, 2)
+    assert one.captions + two.captions == batch.captions
+    assert torch.equal(torch.cat([one.latents, two.latents]), batch.latents)
+    assert len(one.captions) == len(one.latents) == 2
+    with pytest.raises(SystemExit, match="choose --accumulation"):
+        benchmark.parts(batch, 3)
