@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import FIXED, UNetConfig, VideoUNet
+from networks import TWO
 
 SD15 = UNetConfig(
     sample_size=16,
@@ -21,15 +22,6 @@ SD15 = UNetConfig(
 )
 """Stable Diffusion 1.5 made narrow."""
 
-TWO = UNetConfig(
-    block_out_channels=(16, 32),
-    down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2,
-    layers_per_block=1,
-    cross_attention_dim=12,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
 MOTION = MotionConfig(num_attention_heads=4, norm_num_groups=8)
 
 
