@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from animatelcm import recipes, stages
+from animatelcm import batch, recipes, stages
 from animatelcm.assembly import load_sum
 from animatelcm.bundle import ADAPTERS, save
 from animatelcm.condition import Condition
+from animatelcm.evaluate.emoji import fingerprint
 from animatelcm.nets.image_encoder import ImageEncoderConfig
 from animatelcm.request import ModelSource, SampleRequest, command
 from animatelcm.sampling import sample
@@ -55,6 +56,17 @@ def test_a_run_leaves_the_scale_that_it_trains_with(bundle):
         changed = replace(config, adapter=replace(config.adapter, start=start, motion_scale=scale))
         left = stages.result(changed, stages.starting_model(changed))
         assert left.adapters["i2v"].config.motion_scale == scale
+
+
+def test_models_that_differ_in_it_alone_are_other_models(bundle):
+    one, two = (load_sum(ModelSource(model=str(bundle))) for _ in range(2))
+    assert batch.about(one) == batch.about(two)
+    assert fingerprint(one, "i2v") == fingerprint(two, "i2v")
+    network = two.adapters["i2v"]
+    network.config = replace(network.config, motion_scale=0.4)
+    assert batch.about(one) != batch.about(two)
+    assert fingerprint(one, "i2v") != fingerprint(two, "i2v")
+    assert fingerprint(one) == fingerprint(two)
 
 
 def test_encoders_that_do_not_say_are_those_of_animatelcm():

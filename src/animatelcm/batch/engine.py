@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import socket
 import tempfile
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from animatelcm import __version__, decoding, memory, video
+from animatelcm.adapters import IMAGE, settings_of
 from animatelcm.batch.rows import Row
 from animatelcm.decoding import Draft
 from animatelcm.model import Facts, VideoModel
@@ -60,6 +62,8 @@ def about(model: VideoModel) -> About:
         for name, value in sorted(network.state_dict().items()):
             digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if IMAGE in model.adapters:  # the only one with a setting that what it draws depends on
+        digest.update(json.dumps(settings_of(model.adapters[IMAGE]), sort_keys=True).encode())
     return About(model.facts, model.downscale, digest.hexdigest())
 
 

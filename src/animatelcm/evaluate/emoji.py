@@ -22,7 +22,7 @@ from torch import Tensor
 
 import animatelcm
 from animatelcm import video
-from animatelcm.adapters import IMAGE
+from animatelcm.adapters import IMAGE, settings_of
 from animatelcm.condition import lacking
 from animatelcm.data.batches import to_pixels
 from animatelcm.data.emoji import Shot, drawn
@@ -220,10 +220,12 @@ def contact_sheet(model: VideoModel, setting: Setting, progress: Progress = sile
 
 
 def fingerprint(model: VideoModel, steer: Steer = "") -> str:
-    """A hash of all that a model brings to its clips: weights, of what steers too, noise schedule, size and length."""
+    """A hash of all that a model brings to its clips: weights, of what steers too, noise schedule, size and length; of
+    an image encoder also its settings, as how strong motion is."""
     size = [model.facts.width, model.facts.height, model.facts.num_frames]
     weights = {part: model.fingerprint(part) for part in (*CORE, *([f"adapter_{steer}"] if steer else []))}
-    return facts_hash({"weights": weights, "schedule": model.schedule.to_diffusers(), "size": size})
+    settings = {"encoder": settings_of(model.adapters[IMAGE])} if steer == IMAGE else {}
+    return facts_hash({"weights": weights, "schedule": model.schedule.to_diffusers(), "size": size, **settings})
 
 
 def hardware(model: VideoModel) -> str:
