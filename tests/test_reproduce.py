@@ -7,11 +7,16 @@ import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import results
-from animatelcm import planning, training
+from animatelcm import planning, training, video
+from animatelcm.data.emoji import drawn
+from animatelcm.data.sprites import SpritePack
+from animatelcm.evaluate.judge import PROMPT_SEED, Protocol
+from animatelcm.evaluate.prompts import prompts
 from animatelcm.reproduce import bias, learned, page, plots, sampled, study
 from animatelcm.reproduce.claims import Claim, Section, all_of, claims_table, share_deviation, verdict
 from animatelcm.reproduce.study import QUICK, Sizes, Study
@@ -90,6 +95,27 @@ def test_rows_share_what_is_kept_of_real_clips(begun, monkeypatch):
     assert json.loads((begun.out / "after" / "report.json").read_text())["rows"][0] == asdict(rows[0])
 
 
+def test_a_sheet_has_the_real_clip_and_what_each_model_makes_of_it_and_is_drawn_once(begun, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "load_sum", lambda source, device: source.style)
+
+    def sampled(model, setting, protocol, shot, seed):
+        asked.append((model, str(setting), protocol.steer, shot.caption, seed))
+        return SimpleNamespace(frames=np.full((16, 64, 64, 3), 200 if model else 90, np.uint8))
+
+    monkeypatch.setattr(study.emoji, "sampled", sampled)
+    shown = {"plain": (ModelSource(), "lcm@1"), "styled": (ModelSource(style=("twemoji",)), "lcm@4")}
+    for _ in range(2):
+        assert begun.sheet("clips", shown, steer="edge") == "clips.png"
+    assert [entry[:3] for entry in asked] == [((), "lcm@1", "edge")] * 4 + [(("twemoji",), "lcm@4", "edge")] * 4
+    assert asked[0][3:] == asked[4][3:]
+    sheet = video.read(begun.out / "clips.png").frames[0]
+    shot = prompts("clips", Protocol(clips=64, real=512).data(PROMPT_SEED, 64))[0]
+    rows = np.split(sheet[2:], 12)  # of 80 pixels: words, frames, a gap
+    assert np.array_equal(rows[0][14:78, 2:66], drawn(shot, SpritePack())[0])
+    assert [(rows[i][14:78, 2:66] == grey).all() for i, grey in ((1, 90), (2, 200), (4, 90))] == [True] * 3
+
+
 def test_four_steps_are_always_among_the_steps():
     with pytest.raises(ValueError, match="four"):
         Sizes(steps=(1, 2))
@@ -119,7 +145,7 @@ class _Canned:
     """A study whose rows are said beforehand: (folder, setting) -> excess and share of subjects."""
 
     def __init__(self, out, sizes, found):
-        self.out, self.sizes, self.found, self.asked = out, sizes, found, []
+        self.out, self.sizes, self.found, self.asked, self.shown = out, sizes, found, [], {}
 
     def rows(self, name, source, settings, **_):
         self.asked.append((name, source, tuple(settings)))
@@ -132,6 +158,10 @@ class _Canned:
 
     def trained(self, config):
         return ModelSource(model=config.name)
+
+    def sheet(self, name, shown, **_):
+        self.shown[name] = shown
+        return f"{name}.png"
 
     def measured(self, name, make):
         return {"deviation": 5.0, "sets": 6}
@@ -160,6 +190,8 @@ def test_each_baseline_has_the_guidance_that_suits_it_best(tmp_path):
     assert len(ours) == 4
     assert len(taught) == len(set(taught)) == 2 * 4 * 3 + 1
     assert (tmp_path / "few-steps.png").read_bytes().startswith(b"\x89PNG")
+    assert [setting for _, setting in made.shown["few-steps-clips"].values()] == [*ours, "ddim@25:4"]
+    assert section.plots == ["few-steps.png", "few-steps-clips.png"]
 
 
 def test_a_baseline_that_is_nearer_fails_the_claim_and_says_so(tmp_path):

@@ -84,7 +84,8 @@ Maker = Callable[[Shot, int], Take]
 """(what is asked for, seed) -> the clip."""
 
 
-def _sampled(model: VideoModel, setting: Setting, protocol: Protocol, shot: Shot, seed: int) -> Take:
+def sampled(model: VideoModel, setting: Setting, protocol: Protocol, shot: Shot, seed: int) -> Take:
+    """The clip that is judged: of the shot's caption, steered by its real clip as the protocol has it."""
     num_frames = 1 if len(shot.poses) == 1 else None
     given = steered.condition(shot, protocol.pack, protocol.steer)
     request = replace(setting.request(shot.caption, seed=seed, num_frames=num_frames), colour_match=0.0)
@@ -135,7 +136,7 @@ def evaluate(
     _check_model(model, kinds, protocol.steer)
     if keep < 0:
         raise ValueError(f"keep={keep} clips; give how many of each setting and kind are kept, 0 or more")
-    makers: dict[str, Maker] = {str(setting): partial(_sampled, model, setting, protocol) for setting in settings}
+    makers: dict[str, Maker] = {str(setting): partial(sampled, model, setting, protocol) for setting in settings}
     if ceilings:
         makers["real"] = partial(_real, protocol.pack)
         makers["autoencoded"] = partial(_autoencoded, model, protocol.pack)

@@ -50,7 +50,8 @@ def ablations(study: Study) -> Section:
     direct = replace(full, name="direct", consistency=replace(full.consistency, init="direct"))
     coupled = _coupled(study, "coupled", degrade=True)
     settings = ["lcm@1", "lcm@4"]
-    rows = {c.name: study.rows(f"ablation_{c.name}", study.trained(c), settings) for c in (full, direct, coupled)}
+    sources = {config.name: study.trained(config) for config in (full, direct, coupled)}
+    rows = {name: study.rows(f"ablation_{name}", source, settings) for name, source in sources.items()}
     noise, at = deviation(study) * 2**0.5, settings.index("lcm@4")
 
     def held(name: str) -> tuple[bool | None, str]:
@@ -85,7 +86,8 @@ def ablations(study: Study) -> Section:
     plots.losses(study.out / "ablation-losses.png", runs)
     plots.few_steps(study.out / "ablations.png", rows, None, noise / 2**0.5)
     text = "\n\n".join(f"`{name}`:\n\n{table(found)}" for name, found in rows.items())
-    return Section(title="Ablations", claims=claims, text=text, plots=["ablations.png", "ablation-losses.png"])
+    sheet = study.sheet("ablation-clips", {name: (source, "lcm@4") for name, source in sources.items()})
+    return Section(title="Ablations", claims=claims, text=text, plots=["ablations.png", "ablation-losses.png", sheet])
 
 
 def images_first(study: Study) -> Section:
@@ -164,7 +166,8 @@ def adaptation(study: Study) -> Section:
         ),
     ]
     lines = "\n\n".join(f"{name}:\n\n{table([row])}" for name, row in rows.items())
-    return Section(title="Adapters without a teacher", claims=claims, text=lines)
+    sheet = study.sheet("adapter-clips", {name: (source, "lcm@4") for name, source in sources.items()}, steer="edge")
+    return Section(title="Adapters without a teacher", claims=claims, text=lines, plots=[sheet])
 
 
 def estimate(study: Study) -> Section:

@@ -66,7 +66,11 @@ def few_steps(study: Study) -> Section:
     near = {"DDIM": found.near["ddim"], "DPM++": found.near["dpm++"]}
     file = "few-steps.png"
     plots.few_steps(study.out / file, {"distilled": found.ours, **near}, found.teacher, found.deviation)
-    return Section(title="Few steps", claims=_claims(found, study.sizes), text=_text(found, study.sizes), plots=[file])
+    many = f"{study.sizes.teacher_steps} guided steps"
+    shown = {f"{n} evaluation{'s' * (n > 1)}": (ModelSource(), f"lcm@{n}") for n in study.sizes.steps}
+    sheet = study.sheet("few-steps-clips", {**shown, many: (TEACHER, found.teacher.setting)})
+    claims, text = _claims(found, study.sizes), _text(found, study.sizes)
+    return Section(title="Few steps", claims=claims, text=text, plots=[file, sheet])
 
 
 def _measured(study: Study) -> FewSteps:
@@ -247,4 +251,7 @@ def style(study: Study) -> Section:
         n=four.n,
         note="the aim is five points less at most",
     )
-    return Section(title="A style without its videos", claims=[claim, subjects], text=table([*plain, *styled]))
+    shown = {"without the style": (ModelSource(), "lcm@4"), "with it": (ModelSource(style=("twemoji",)), "lcm@4")}
+    sheet = study.sheet("style-clips", shown, style_truth="twemoji")
+    text = table([*plain, *styled])
+    return Section(title="A style without its videos", claims=[claim, subjects], text=text, plots=[sheet])

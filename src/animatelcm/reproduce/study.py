@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from animatelcm import training
+from animatelcm import training, video
 from animatelcm.assembly import load_sum
 from animatelcm.config import TrainConfig
+from animatelcm.data.emoji import drawn
 from animatelcm.evaluate import emoji
-from animatelcm.evaluate.judge import Progress, Protocol, silent
+from animatelcm.evaluate.judge import PROMPT_SEED, Progress, Protocol, silent
+from animatelcm.evaluate.prompts import prompts
 from animatelcm.evaluate.report import Row, Steer, facts_hash, summary, write_json
 from animatelcm.evaluate.rows import link
 from animatelcm.request import ModelSource
 from animatelcm.sampling import best_device
+
+SHOWN = 4
+"""Clips of a contact sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,27 @@ class Study:
             rows = emoji.evaluate(model, label, settings=parsed, protocol=protocol, out=folder, progress=progress)
         write_json(summary(rows, protocol.facts, emoji.versions()), folder / "report.json")
         return rows
+
+    def sheet(
+        self, name: str, shown: Mapping[str, tuple[ModelSource, str]], *, style_truth: str = "", steer: Steer = ""
+    ) -> str:
+        """Draw ``out / NAME.png`` and return its name: of each of the first clips that are judged the real one and
+        what each (model, setting) of ``shown`` makes of it, a row each by title, eight frames of sixteen."""
+        path = self.out / f"{name}.png"
+        if path.is_file():
+            return path.name
+        protocol = Protocol(clips=self.sizes.clips, real=self.sizes.real, style_truth=style_truth, steer=steer)
+        shots = prompts("clips", protocol.data(PROMPT_SEED, protocol.clips))[:SHOWN]
+        rows = [[drawn(shot, protocol.pack)] for shot in shots]
+        with self._clock(f"draw {name}"):
+            for source, setting in shown.values():
+                model, parsed = load_sum(source, device=self.place), emoji.Setting.parse(setting)
+                for seed, (row, shot) in enumerate(zip(rows, shots, strict=True)):
+                    row.append(emoji.sampled(model, parsed, protocol, shot, seed).frames)
+        labels = [f"{shot.caption}: {title}" for shot in shots for title in ("real", *shown)]
+        sheet = video.contact_sheet([clip for row in rows for clip in row], labels)
+        video.write_image(sheet, path, overwrite=True)
+        return path.name
 
     def measured(self, name: str, make: Callable[[Progress], dict[str, Any]]) -> dict[str, Any]:
         """What ``make`` finds, of JSON's types; kept in ``out / "measured"``."""
