@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import control_files
 import standins
-from animatelcm.adapters import Beside, read_file
+from animatelcm.adapters import Beside, read, read_file
 from animatelcm.nets.unet import UNetConfig
 from standins import SD15, SMALL, fill
 from weight_files import SLOW, memory
@@ -222,3 +222,11 @@ def test_a_file_of_diffusers_lacks_a_key_by_its_own_name(network, tmp_path):
         save_file(state, tmp_path / f"{i}.safetensors")
         with pytest.raises(ValueError, match=rf"^{tmp_path}/{i}\.safetensors: {key} is missing"):
             read_file(tmp_path / f"{i}.safetensors", "canny", BESIDE, torch.float32)
+
+
+def test_a_folder_without_settings_says_how_its_files_go_in(t2i, tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json.*OWNER/NAME/FILE"):
+        read(tmp_path, "canny", BESIDE, torch.float32)
+    standins.write(t2i, tmp_path / "t2iadapter_canny.pth")
+    with pytest.raises(ValueError, match=r"name one of its files, canny=.*/t2iadapter_canny\.pth"):
+        read(tmp_path, "canny", BESIDE, torch.float32)

@@ -358,7 +358,7 @@ def test_an_adapter_that_cannot_be_is_a_sentence(plain, tmp_path, name, config, 
     ("adapter", "named"),
     [
         ("edge=no/such/folder", "no/such/folder"),
-        ("edge=FOLDER", r"config\.json is missing"),
+        ("edge=FOLDER", r"has no config\.json"),
         ("edge=FOLDER/motion.safetensors", "is a motion module; of those an adapter is only"),
         ("i2v=FOLDER/motion.safetensors", "is a motion module; of those an adapter is only"),
         ("i2v=FOLDER/thin.safetensors", r"thin\.safetensors.*\(32, 64, 64, 64\).*\(32, 64, 128, 128\)"),

@@ -144,7 +144,7 @@ def test_of_a_long_control_only_its_beginning_is_decoded_and_the_log_says_so(ste
         ("--video clip.mp4 --strength 2", "strength=2"),
         ("--video clip.mp4 --strength 0.01 --sampler lcm", "strength=0.01 leaves 0 of the 50 timesteps"),
         ("--adapter edge", "adapter 'edge' is not NAME=PLACE"),
-        ("--adapter edge=empty", "config.json is missing"),
+        ("--adapter edge=empty", "has no config.json"),
         ("--adapter edge=nowhere/at/all", "nowhere/at/all"),
     ],
 )

@@ -18,7 +18,7 @@ from animatelcm.model import VideoModel
 from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from animatelcm.nets.unet import FIXED, UNetConfig
 from animatelcm.weights.controlnet import control_file, t2i_file
-from animatelcm.weights.files import State, read_header, read_state
+from animatelcm.weights.files import WEIGHT_SUFFIXES, State, read_header, read_state
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import WIDEST
 
@@ -52,6 +52,10 @@ class Beside(NamedTuple):
 def read(folder: Path, name: str, beside: Beside, dtype: torch.dtype) -> nn.Module:
     """An adapter of this name from its folder. Raises ValueError naming the file that is missing or misfits, or the
     setting that cannot stand beside the model, before anything is built after it."""
+    if not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_SUFFIXES))
+        which = f"one of its files, {name}={folder / files[0]}" if files else "a file, on the hub OWNER/NAME/FILE"
+        raise ValueError(f"{folder} has no config.json, which diffusers' folders of adapters have; name {which}")
     config = read_json(folder / "config.json")
     check(name, config, str(folder), beside)
     return built(config, read_part(folder, WEIGHTS), dtype, str(folder))
