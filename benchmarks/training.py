@@ -194,12 +194,8 @@ def ours(config: TrainConfig, model: VideoModel) -> Side:
     module, optimizer = accelerator.prepare(training._Step(model, objective), state.optimizer)
 
     def backward(batch: ClipBatch, number: int) -> torch.Tensor:
-        losses, count = [], config.gradient_accumulation_steps
-        for i, part in enumerate(parts(batch, count)):
-            loss = module(part, partial(generator, config.seed, number * count + i, 0)).loss.mean() / count
-            accelerator.backward(loss)
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        pieces = parts(batch, config.gradient_accumulation_steps)
+        return training.gradients(config, accelerator, module, lambda i: pieces[i % len(pieces)], number).loss.mean()
 
     def update(number: int) -> None:
         assert number == state.step

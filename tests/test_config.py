@@ -49,7 +49,5 @@ def test_fields_that_contradict_each_other_are_refused():
         replace(recipes.teacher_emoji(), data=DataConfig(kind="emoji-images"))
     with pytest.raises(ValueError, match="folder"):
         DataConfig(kind="folder")
-    with pytest.raises(ValueError, match="distance=elements"):
-        ConsistencyConfig(first_frame=4.0, distance="clip")
     with pytest.raises(ValueError, match="first_frame=0"):
         ConsistencyConfig(first_frame=0.0)

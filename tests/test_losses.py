@@ -51,12 +51,17 @@ def test_pseudo_huber_is_its_definition_in_float64(c: float) -> None:
     torch.testing.assert_close(pseudo_huber_norm(x, c).double(), of_norm, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("distance", [pseudo_huber, pseudo_huber_norm])
 @pytest.mark.parametrize("times", [1, 3, 8])
-def test_a_first_frame_that_counts_for_several_is_that_frame_several_times(times: int) -> None:
+def test_a_first_frame_that_counts_for_several_is_that_frame_several_times(distance, times: int) -> None:
     x = clips()
     again = torch.cat([x[:, :, :1]] * times + [x[:, :, 1:]], dim=2)
-    torch.testing.assert_close(pseudo_huber(x, 0.1, first_frame=times), pseudo_huber(again, 0.1))
-    torch.testing.assert_close(pseudo_huber(x[:, :, :1], 0.1, first_frame=times), pseudo_huber(x[:, :, :1], 0.1))
+    torch.testing.assert_close(distance(x, 0.1, first_frame=times), distance(again, 0.1))
+
+
+def test_of_one_frame_all_is_the_first() -> None:
+    x = clips()[:, :, :1]
+    torch.testing.assert_close(pseudo_huber(x, 0.1, first_frame=8.0), pseudo_huber(x, 0.1))
 
 
 def test_pseudo_huber_is_a_square_below_c_and_an_absolute_value_above() -> None:

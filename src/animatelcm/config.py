@@ -139,11 +139,8 @@ class ConsistencyConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if self.huber_c <= 0:
             raise ValueError(f"huber_c={self.huber_c} must be positive, in units of latents")
-        if self.first_frame <= 0 or (self.first_frame != 1 and self.distance != "elements"):
-            raise ValueError(
-                f"first_frame={self.first_frame} with distance={self.distance!r}: a frame's weight is positive, "
-                "and the norm of a whole clip has none; use distance=elements"
-            )
+        if self.first_frame <= 0:
+            raise ValueError(f"first_frame={self.first_frame} must be positive; 1 weights all frames alike")
         if not 1 <= self.solver_steps <= 1000 or (self.k is not None and self.k < 1):
             raise ValueError(f"solver_steps={self.solver_steps} (1..1000) or k={self.k} (1 or more) is out of range")
 

@@ -20,13 +20,13 @@ def pseudo_huber(diff: Tensor, c: float = 1e-3, *, first_frame: float = 1.0) -> 
     values = _huber(diff.float().square(), c)
     if first_frame == 1:
         return values.flatten(1).mean(1)
-    frames = values.transpose(1, 2).flatten(2).mean(2)
-    return (frames[:, 0] * first_frame + frames[:, 1:].sum(1)) / (first_frame + frames.shape[1] - 1)
+    return _counted(values, first_frame) / (values[0].numel() + (first_frame - 1) * values[0, :, 0].numel())
 
 
-def pseudo_huber_norm(diff: Tensor, c: float = 1e-3) -> Tensor:
-    """(B, ...) -> (B,): sqrt(||diff||^2 + c^2) - c over the whole clip (AnimateLCM, below eq. 10)."""
-    return _huber(diff.float().square().flatten(1).sum(1), c)
+def pseudo_huber_norm(diff: Tensor, c: float = 1e-3, *, first_frame: float = 1.0) -> Tensor:
+    """(B, ...) -> (B,): sqrt(||diff||^2 + c^2) - c over the whole clip (AnimateLCM, below eq. 10); ``first_frame`` as
+    above."""
+    return _huber(_counted(diff.float().square(), first_frame), c)
 
 
 def step_weight(index: Tensor, n: int, delta: float, gamma: float) -> Tensor:
@@ -35,6 +35,12 @@ def step_weight(index: Tensor, n: int, delta: float, gamma: float) -> Tensor:
     index (B,) int64 in 0..N-1 is the solver's, so eq. 10 compares timesteps[index] with its predecessor.
     """
     return (1 - delta * index.float() / n) ** gamma
+
+
+def _counted(values: Tensor, first_frame: float) -> Tensor:
+    """(B, C, F, ...) -> (B,): the sum, in which the first frame counts as often as that."""
+    total = values.flatten(1).sum(1)
+    return total if first_frame == 1 else total + (first_frame - 1) * values[:, :, 0].flatten(1).sum(1)
 
 
 def _huber(square: Tensor, c: float) -> Tensor:

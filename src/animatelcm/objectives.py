@@ -120,8 +120,7 @@ def consistency(
             x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
         noise = roles.target(x_s, s, text, motion=motion, clues=seen).float()
         target = consistency_function(x_s, noise, s, model.schedule)
-    frames = {} if config.first_frame == 1 else {"first_frame": config.first_frame}
-    distance = DISTANCES[config.distance](predicted - target, config.huber_c, **frames)
+    distance = DISTANCES[config.distance](predicted - target, config.huber_c, first_frame=config.first_frame)
     weight = step_weight(index, config.solver_steps, config.delta, config.gamma)
     return Terms(weight * distance, {"mse": mse(predicted.detach() - target).mean()})
 

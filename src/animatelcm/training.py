@@ -125,13 +125,20 @@ def _run(
     with accelerator.main_process_first():  # one process encodes, the others read what it kept
         source = open_source(config, model)
     step_module, optimizer = accelerator.prepare(_Step(model, stages.objective(config, model, state)), state.optimizer)
+    draw = partial(
+        draw_indices, len(source.dataset), config.batch_size, seed=config.seed, rank=accelerator.process_index
+    )
+
+    def drawn(number: int) -> ClipBatch:
+        return source.batches(draw(step=number))
+
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     main = accelerator.is_main_process
     log = RunLog(config.folder, config.name, state.step, config.steps) if main else None
     with log or nullcontext(), _interrupt() as interrupted:
         while state.step < last and not _any(accelerator, interrupted()):
             began = time.perf_counter()
-            terms = _gradients(config, accelerator, step_module, source, state.step)
+            terms = gradients(config, accelerator, step_module, drawn, state.step)
             update(config, accelerator, optimizer, state)
             state.seconds += time.perf_counter() - began
             if log is not None:
@@ -142,17 +149,20 @@ def _run(
             log.note(source.dataset.summary())
 
 
-def _gradients(
-    config: TrainConfig, accelerator: Accelerator, step_module: nn.Module, source: Source, step: int
+def gradients(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    step_module: nn.Module,
+    batches: Callable[[int], ClipBatch],
+    step: int,
 ) -> Terms:
     """The backward passes of a step: of its batches, which are those of as many steps of one batch each. Returns all
-    of their losses, and the means of their figures."""
-    count, rank, found = config.gradient_accumulation_steps, accelerator.process_index, []
+    of their losses, and the means of their figures. ``batches`` gives the batch of a number."""
+    count, found = config.gradient_accumulation_steps, []
     for left, number in zip(reversed(range(count)), range(step * count, (step + 1) * count), strict=True):
-        draw = partial(generator, config.seed, number, rank)
-        indices = draw_indices(len(source.dataset), config.batch_size, seed=config.seed, step=number, rank=rank)
+        draw = partial(generator, config.seed, number, accelerator.process_index)
         with accelerator.no_sync(step_module) if left else nullcontext():  # processes meet at the last one
-            terms = step_module(source.batches(indices), draw)
+            terms = step_module(batches(number), draw)
             accelerator.backward(terms.loss.mean() / count)
         found.append(Terms(terms.loss.detach(), terms.logs))
     logs = {name: torch.stack([terms.logs[name] for terms in found]).mean(0) for name in found[0].logs}
