@@ -49,5 +49,9 @@ def test_fields_that_contradict_each_other_are_refused():
         replace(recipes.teacher_emoji(), data=DataConfig(kind="emoji-images"))
     with pytest.raises(ValueError, match="folder"):
         DataConfig(kind="folder")
+    with pytest.raises(ValueError, match='objective="autoencoder" is for "autoencoder" or "decoder"'):
+        replace(recipes.vae_decoder_emoji(), trainable="image")
+    with pytest.raises(ValueError, match="objective='diffusion' cannot train 'decoder'"):
+        replace(recipes.base_emoji(), trainable="decoder")
     with pytest.raises(ValueError, match="first_frame=0"):
         ConsistencyConfig(first_frame=0.0)

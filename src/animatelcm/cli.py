@@ -48,7 +48,7 @@ def _train(config: TrainConfig, options: RunOptions) -> None:
 def _plan(config: TrainConfig) -> None:
     """The resolved config as JSON on stdout, what it will cost on stderr."""
     say(config.to_json())
-    if config.trainable != "autoencoder":
+    if config.objective != "autoencoder":
         from animatelcm.planning import plan
 
         sys.stderr.write(plan(config).text() + "\n")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 DataKind = Literal["emoji-images", "emoji-clips", "folder"]
 Objective = Literal["autoencoder", "diffusion", "consistency"]
-Trainable = Literal["autoencoder", "image", "motion", "lora", "adapter"]
+Trainable = Literal["autoencoder", "decoder", "image", "motion", "lora", "adapter"]
 AdapterKind = Literal["image", "image_tokens", "t2i_adapter", "controlnet"]
 LCM_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -205,6 +205,11 @@ class TrainConfig:
         for name in ("ema_decay", "text_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
+        if (self.objective == "autoencoder") != (self.trainable in ("autoencoder", "decoder")):
+            raise ValueError(
+                f"objective={self.objective!r} cannot train {self.trainable!r}: "
+                'objective="autoencoder" is for "autoencoder" or "decoder", and these are for it'
+            )
         if self.data.kind == "emoji-images" and self.trainable == "motion":
             raise ValueError('trainable="motion" needs clips; choose data.kind "emoji-clips" or "folder"')
         if self.objective == "consistency" and self.trainable not in ("lora", "motion", "adapter"):

@@ -75,7 +75,7 @@ def plan(config: TrainConfig) -> Plan:
 
     Raises ValueError for an autoencoder, whose size is not counted.
     """
-    if config.trainable == "autoencoder":
+    if config.objective == "autoencoder":
         raise ValueError(f"{config.name} trains an autoencoder; plans are counted for what trains a UNet")
     shapes = EMOJI if _of_miniature(config) else SD15
     with torch.device("meta"):

@@ -210,8 +210,13 @@ def named_trainable(model: VideoModel, config: TrainConfig) -> Iterator[tuple[st
             kind = _kind(part, name)
             if kind == "adapter" and config.lora is not None and not _of_lora(name):
                 continue
-            if kind == config.trainable or (config.trains_lora and kind == "lora"):
+            if kind in _kinds(config):
                 yield f"{part}.{name}", parameter
+
+
+def _kinds(config: TrainConfig) -> set[str]:
+    whole = {"encoder", "decoder"} if config.trainable == "autoencoder" else {config.trainable}
+    return whole | {"lora"} if config.trains_lora else whole
 
 
 def _kind(part: str, name: str) -> str:
@@ -221,7 +226,9 @@ def _kind(part: str, name: str) -> str:
         return "motion"
     if _of_lora(name):
         return "lora"
-    return "autoencoder" if part == "vae" else "image"
+    if part == "vae":
+        return "decoder" if name.startswith(("decoder.", "post_quant_conv.")) else "encoder"
+    return "image"
 
 
 def _of_lora(name: str) -> bool:
