@@ -48,6 +48,7 @@ from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.rng import generator
 from animatelcm.schedule import NoiseSchedule
+from animatelcm.sources import open_dataset
 from animatelcm.tokenizer import Tokenizer, read_merges
 
 Stage = Literal["image", "video", "adapter"]
@@ -72,7 +73,7 @@ class Options:
     gradient_checkpointing: bool | None = None
     """None: as the recipe has it."""
     mixed_precision: Literal["no", "bf16"] | None = None
-    """None: as the recipe has it."""
+    """None: as the recipe has it; bf16 where that is fp16, whose scaler the reference does not have."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -122,7 +123,10 @@ def case(options: Options, stage: Stage, place: str, shape: Shape | None) -> Cas
     asked = {name: getattr(options, name) for name in ("batch_size", "gradient_checkpointing", "mixed_precision")}
     changes = {name: value for name, value in asked.items() if value is not None}
     changes |= {"gradient_accumulation_steps": options.accumulation}
-    config = replace(RECIPES[options.size][stage](), model=place, motion=None, **changes)
+    recipe = RECIPES[options.size][stage]()
+    if recipe.mixed_precision == "fp16":
+        recipe = replace(recipe, mixed_precision="bf16")
+    config = replace(recipe, model=place, motion=None, **changes)
     if shape is not None:
         frames = 1 if stage == "image" else shape.frames
         data = replace(config.data, width=shape.side, height=shape.side, num_frames=frames)
@@ -180,7 +184,7 @@ def batches(case: Case, model: VideoModel) -> tuple[ClipBatch, ClipBatch]:
         pixels = 2 * torch.rand(shape, generator=generator(0, 0, 0, "pixels")) - 1
         as_pixels = ClipBatch(captions=("a cat in the snow",) * size, pixels=pixels)
     else:
-        as_pixels = pixel_batches(training.open_dataset(replace(data, length=size)))(range(size))
+        as_pixels = pixel_batches(open_dataset(replace(data, length=size)))(range(size))
     with torch.no_grad():
         latents = model.encode(as_pixels.pixels).half().float()
     return ClipBatch(captions=as_pixels.captions, latents=latents.cpu()), as_pixels

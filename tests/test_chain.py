@@ -20,8 +20,9 @@ from animatelcm.request import ModelSource, SampleRequest
 from animatelcm.rng import generator
 from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample
+from animatelcm.sources import open_source
 from animatelcm.stages import named_trainable, starting_model
-from animatelcm.training import learning_rate, open_source, train
+from animatelcm.training import learning_rate, train
 
 STAGES = {
     recipes.style_lora_emoji: {"steps": 15, "batch_size": 4, "warmup_steps": 3, "learning_rate": 2e-3},

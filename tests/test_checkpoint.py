@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from torch import nn
 from animatelcm import checkpoint
 from animatelcm.checkpoint import TrainState
 from animatelcm.ema import Ema
+from animatelcm.recipes import image_lcm_sd15
 
 
 def _state(seed: int) -> TrainState:
@@ -67,3 +71,41 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     other = TrainState(0, parameters, Ema(0.9, parameters), torch.optim.AdamW(parameters.values()))
     with pytest.raises(ValueError, match="another run"):
         checkpoint.restore(other, path)
+
+
+def _saved(folder, config, processes):
+    state, _ = _state(0)
+    state.processes = processes
+    return checkpoint.save(state, folder, config.to_json())
+
+
+@pytest.mark.parametrize(
+    ("changes", "now"),
+    [({"batch_size": 2}, 8), ({"gradient_accumulation_steps": 4}, 4), ({"gradient_accumulation_steps": 16}, 1)],
+)
+def test_a_step_may_be_split_anew_if_it_keeps_its_clips(changes, now, tmp_path):
+    """8 processes x 2 batches x 4 clips = 64; the first of these changes has 32."""
+    config = replace(image_lcm_sd15(), batch_size=4, gradient_accumulation_steps=2, out=tmp_path)
+    path, other = _saved(tmp_path, config, 8), replace(config, **changes)
+    if "batch_size" in changes:
+        with pytest.raises(ValueError, match=r"64 clips a step \(8 .* 2 .* 4\), here are 32 \(8 .* 2 .* 2\)"):
+            checkpoint.continues(other, now, path)
+        other = replace(other, gradient_accumulation_steps=4)
+    said = checkpoint.continues(other, now, path)
+    assert f"{now} processes" in said
+    assert "before 8 processes" in said
+
+
+def test_a_run_goes_on_as_it_was_or_is_refused_by_name(tmp_path):
+    config = replace(image_lcm_sd15(), out=tmp_path)
+    path = _saved(tmp_path, config, 2)
+    assert checkpoint.continues(replace(config, gradient_checkpointing=False, steps=7, log_every=1), 2, path) == ""
+    with pytest.raises(ValueError, match="another seed"):
+        checkpoint.continues(replace(config, seed=1), 2, path)
+    with pytest.raises(ValueError, match="here are 16"):
+        checkpoint.continues(config, 1, path)
+    manifest = path / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    assert facts.pop("processes") == 2
+    manifest.write_text(json.dumps(facts))  # as runs before this was written down
+    assert checkpoint.continues(config, 1, path) == checkpoint.continues(config, 2, path) == ""

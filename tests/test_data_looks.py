@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from animatelcm import control_maps
-from animatelcm.data.batches import pixel_batches, with_looks
+from animatelcm.data.batches import ClipBatch, pixel_batches, with_first, with_maps
 from animatelcm.data.clips import Clip
 from animatelcm.data.emoji import EmojiClips, EmojiImages, Scene
-from animatelcm.data.looks import DOT, control, layout
+from animatelcm.data.looks import DOT, check, control, layout
 from animatelcm.data.sprites import CELL, Pose
 
 DISC = torch.zeros(4, CELL, CELL)
@@ -44,10 +47,11 @@ def test_depth_is_a_silhouette_that_is_brighter_when_larger():
 @pytest.mark.parametrize("data", [EmojiImages(length=4), EmojiClips(length=4)])
 def test_a_data_set_gives_maps_of_every_kind(data):
     for kind in ("edge", "canny", "tile", "pose", "depth"):
-        maps = control(data, 1, kind)
+        check(data, kind)
+        maps = control(data, kind, 1)
         assert maps.dtype == np.uint8
         assert maps.shape == data[1].frames.shape
-    assert np.array_equal(control(data, 2, "edge"), control_maps.made("edge", data[2].frames))
+    assert np.array_equal(control(data, "edge", 2), control_maps.made("edge", data[2].frames))
 
 
 def test_what_frames_do_not_show_needs_a_renderer():
@@ -59,17 +63,24 @@ def test_what_frames_do_not_show_needs_a_renderer():
             return EmojiImages(length=1)[0]
 
     with pytest.raises(ValueError, match="cannot be made from frames"):
-        control(Folder(), 0, "depth")
+        check(Folder(), "depth")
+    with pytest.raises(ValueError, match="scribble maps cannot be made"):
+        check(EmojiClips(length=1), "scribble")
 
 
 def test_batches_with_looks_have_what_an_adapter_sees():
     data = EmojiClips(length=3)
     plain = pixel_batches(data)
-    batch = with_looks(plain, data, "edge")([2, 0])
+    batch = with_maps(plain, partial(control, data, "edge"))([2, 0])
     assert torch.equal(batch.pixels, plain([2, 0]).pixels)
     assert batch.maps.shape == (2, 3, 16, 64, 64)
     assert batch.maps.min() >= 0
     assert batch.maps.max() <= 1
-    assert np.array_equal((batch.maps[1] * 255).round().byte().permute(1, 2, 3, 0).numpy(), control(data, 0, "edge"))
-    first = with_looks(plain, data, None)([1]).first
-    assert torch.equal(first, plain([1]).pixels[:, :, 0])
+    assert np.array_equal((batch.maps[1] * 255).round().byte().permute(1, 2, 3, 0).numpy(), control(data, "edge", 0))
+    wanted = plain([1, 2]).pixels[:, :, 0]
+    assert torch.equal(with_first(plain, data)([1, 2]).first, wanted)
+
+    def kept(indices: list[int]) -> ClipBatch:
+        return replace(plain(indices), pixels=None, latents=torch.zeros(2, 4, 16, 8, 8))
+
+    assert torch.equal(with_first(kept, data)([1, 2]).first, wanted)

@@ -10,10 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from animatelcm import planning, recipes, stages
+from animatelcm import checkpoint, counting, recipes, stages, training
 from animatelcm.bundle import save
 from animatelcm.config import ConsistencyConfig, LoraConfig
 from animatelcm.nets import lora
+from animatelcm.nets.blocks import Stage
 from animatelcm.planning import GIB
 from animatelcm.planning import plan as counted
 
@@ -52,7 +53,7 @@ def test_operations_are_counted_as_torch_counts_them(monkeypatch):
 
     config = replace(recipes.teacher_emoji(), batch_size=1, gradient_checkpointing=True)
     ours = counted(config)
-    monkeypatch.setattr(planning, "_Flops", lambda: Theirs(display=False))
+    monkeypatch.setattr(counting, "_Flops", lambda: Theirs(display=False))
     assert counted(config) == ours
 
 
@@ -151,6 +152,70 @@ def test_adapters_train_what_a_run_trains(fresh_model, tmp_path):
     assert plan(recipes.controlnet_emoji()).trainable == every
     pairs = lora.factors(model.adapters["pose"]).values()
     assert plan(recipes.controlnet_lora_emoji()).trainable == sum(a.numel() + b.numel() for a, b, _ in pairs) < every
+
+
+def test_processes_share_a_step_and_add_up_their_clips(monkeypatch):
+    config = replace(recipes.teacher_emoji(), gradient_accumulation_steps=3)
+    one, eight = plan(config), plan(config, processes=8)
+    assert one.global_batch == 3 * config.batch_size
+    assert eight.global_batch == 8 * one.global_batch
+    assert (one.clips, eight.clips) == (config.steps * one.global_batch, config.steps * eight.global_batch)
+    assert (one.flops, one.memory_gib_at_least) == (eight.flops, eight.memory_gib_at_least)  # of each device
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert counted(config) == eight
+
+
+def test_what_lies_beside_the_unet_counts_too(fresh_model):
+    config = recipes.teacher_emoji()
+    networks = (fresh_model.vae, fresh_model.text_encoder)
+    held = sum(value.untyped_storage().nbytes() for net in networks for value in net.parameters())
+    assert plan(config).beside_gib * GIB == pytest.approx(held)
+    one = plan(config)
+    parts = (one.weights_gib, one.activations_gib, one.recomputed_gib, one.beside_gib)
+    assert one.memory_gib_at_least == pytest.approx(sum(parts))
+    half, spared = (
+        plan(replace(config, mixed_precision="bf16", gradient_checkpointing=wanted)) for wanted in (False, True)
+    )
+    assert (half.beside_gib - one.beside_gib) * GIB == pytest.approx(2 * one.parameters)
+    assert (spared.beside_gib - one.beside_gib) * GIB == pytest.approx(2 * one.trainable)
+
+
+def test_checkpointing_computes_one_layer_again(fresh_model):
+    """All layers keep together nearly what the network keeps, so the largest keeps the mean of them or more."""
+    config = recipes.teacher_emoji()
+    plain, spared = plan(config), plan(replace(config, gradient_checkpointing=True))
+    layers = sum(len(stage.resnets) for stage in fresh_model.unet.modules() if isinstance(stage, Stage))
+    assert plain.recomputed_gib == 0
+    assert 0.8 * plain.activations_gib / layers < spared.recomputed_gib < plain.activations_gib / 2
+    twice = plan(replace(config, gradient_checkpointing=True, batch_size=2 * config.batch_size))
+    assert twice.recomputed_gib == pytest.approx(2 * spared.recomputed_gib, rel=1e-2)
+    assert spared.memory_gib_at_least < plain.memory_gib_at_least
+
+
+def test_a_checkpoint_is_as_large_as_the_plan_says(fresh_folder, tmp_path):
+    config = replace(recipes.image_lcm_emoji(), model=str(fresh_folder))
+    state = training._fresh_state(config, stages.starting_model(config))
+    for parameter in state.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    path = checkpoint.save(state, tmp_path, config.to_json())
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert plan(config).checkpoint_gib * GIB == pytest.approx(size, rel=0.03)  # names and single numbers beside
+
+
+def test_latents_on_disk_by_hand(tmp_path):
+    config, pixels = recipes.teacher_emoji(), replace(recipes.teacher_emoji().data, cache=False)
+    clip = 16 * 16 * 8 * 8 * 2  # channels, frames, cells, bytes
+    assert plan(config).cache_gib_per_1000 * GIB == pytest.approx(1000 * clip)
+    assert plan(config).cache_gib * GIB == pytest.approx(config.data.length * clip)
+    unkept = plan(replace(config, data=pixels))
+    assert (unkept.cache_gib_per_1000, unkept.cache_gib) == (0, 0)
+    away = replace(recipes.video_lcm_sd15(), gradient_checkpointing=False)
+    away = plan(replace(away, data=replace(away.data, path=tmp_path / "nowhere", width=64, height=64)))
+    assert away.cache_gib_per_1000 * GIB == pytest.approx(1000 * 4 * 16 * 8 * 8 * 2)
+    assert away.cache_gib is None
+    assert "cache_gib_per_1000" in away.text()
+    assert "cache_gib " not in away.text()
 
 
 def test_an_autoencoder_has_no_plan():

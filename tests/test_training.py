@@ -8,12 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from animatelcm import recipes
 from animatelcm.config import DataConfig
 from animatelcm.data.sprites import PACK
+from animatelcm.sources import open_dataset, open_source
 from animatelcm.stages import named_trainable
-from animatelcm.training import learning_rate, open_dataset, open_source, train
+from animatelcm.training import learning_rate, train
 
 
 def _tiny(recipe, out, **changes):
@@ -163,6 +165,76 @@ def test_a_style_may_be_a_sheet_of_ones_own(tmp_path):
     clip, twin = (open_dataset(DataConfig(length=5, styles=(style,)))[3] for style in (str(mine), "twemoji"))
     assert clip.caption == twin.caption
     assert (clip.frames == twin.frames).all()
+
+
+def test_lines_of_the_log_are_means_of_the_steps_since_the_last(tmp_path):
+    each, third = (
+        _tiny(recipes.base_emoji, tmp_path / str(every), steps=6, log_every=every, learning_rate=1e-4)
+        for every in (1, 3)
+    )
+    lines = []
+    for config in (each, third):
+        train(config)
+        lines.append([json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()])
+    single, means = lines
+    assert [line["step"] for line in means] == [3, 6]
+    for name in ("loss", "mse", "words", "grad_norm"):
+        values = [line[name] for line in single]
+        assert [line[name] for line in means] == pytest.approx([sum(values[:3]) / 3, sum(values[3:]) / 3], rel=1e-5)
+        assert len(set(values)) == 6
+
+
+@pytest.mark.parametrize("recipe", [recipes.base_emoji, recipes.image_lcm_emoji])
+def test_no_step_waits_for_a_number_from_the_device(recipe, tmp_path, monkeypatch):
+    """None is read between lines of the log; each of those reads its figures."""
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    from animatelcm import training
+
+    step, update = training.gradients, training.update
+
+    def watched(call):
+        def inner(*arguments):
+            with Asked():
+                return call(*arguments)
+
+        return inner
+
+    monkeypatch.setattr(training, "gradients", watched(step))
+    monkeypatch.setattr(training, "update", watched(update))
+    train(replace(_tiny(recipe, tmp_path, steps=3), model="new" if recipe is recipes.base_emoji else "emoji"))
+    assert not asked
+    with Asked():
+        torch.ones(1).item()
+    assert asked
+
+
+def test_samples_on_the_way_record_no_graphs(fresh_model, tmp_path, monkeypatch):
+    from animatelcm import training
+
+    calls, ordinary = [], training.sample
+    monkeypatch.setattr(training, "sample", lambda model, request: calls.append(model) or ordinary(model, request))
+    config = _tiny(recipes.base_emoji, tmp_path, steps=1)
+    config = replace(config, sample_prompts=("a parrot", "a fox"))
+    config.folder.mkdir(parents=True)
+    training.write_samples(config, fresh_model, 1)
+    assert [model.compile for model in calls] == ["none", "none"]
+    assert all(model.unet is fresh_model.unet for model in calls)
+    assert fresh_model.compile == "auto"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = _tiny(recipes.base_emoji, tmp_path, steps=1)
+    with pytest.raises(ValueError, match=r"2 processes .*ACCELERATE_USE_CPU=true .*accelerate launch"):
+        train(config)
+    assert not config.folder.exists()
 
 
 def test_a_run_keeps_its_config_and_metrics(tmp_path):

@@ -2,19 +2,21 @@
 
 Layout of ``checkpoints/step-00000500``: ``weights.safetensors`` (what trains, float32), ``ema.safetensors``,
 ``target.safetensors`` (of a distillation), ``optimizer.safetensors`` (``<parameter>/<state>``), ``manifest.json``
-(step, seconds, config). Random state needs no file.
+(step, seconds, processes, of float16 its scaler, config). Random state needs no file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from animatelcm.config import TrainConfig
@@ -22,6 +24,10 @@ from animatelcm.ema import Ema
 from animatelcm.weights.files import State, read_safetensors, write_safetensors
 
 KEEP = 2
+MAY_CHANGE = ("out", "steps", "log_every", "save_every", "sample_every", "sample_prompts", "gradient_checkpointing")
+"""Fields that a resumed run may have of its own."""
+SPLIT = ("batch_size", "gradient_accumulation_steps")
+"""Fields that say with the number of processes how a step's clips are split; their product may not change."""
 
 
 @dataclass
@@ -38,6 +44,19 @@ class TrainState:
     """Fingerprint of the model that the run began with, whose frozen parts no checkpoint holds."""
     seconds: float = 0.0
     """Time spent in steps, over all resumptions."""
+    processes: int = 1
+    """That share a step."""
+    scaler: GradScaler | None = None
+    """Of float16: what multiplies the loss, so that gradients do not vanish."""
+    scale: float = 0.0
+    """The scaler's after the last step, known to the host."""
+    skipped: int = 0
+    """Steps that moved nothing, because their gradients overflowed in float16."""
+
+    @property
+    def updates(self) -> int:
+        """Steps that moved the weights: what rates and averages count."""
+        return self.step - self.skipped
 
 
 def save(state: TrainState, folder: Path, config: str) -> Path:
@@ -55,6 +74,9 @@ def save(state: TrainState, folder: Path, config: str) -> Path:
         "step": state.step,
         "start": state.start,
         "seconds": round(state.seconds, 1),
+        "processes": state.processes,
+        "skipped": state.skipped,
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "config": json.loads(config),
     }
     (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2))
@@ -76,12 +98,48 @@ def config_of(path: Path) -> TrainConfig:
     return TrainConfig.from_json(json.dumps(manifest["config"]))
 
 
+def processes_of(path: Path) -> int | None:
+    """How many processes shared the steps of a checkpoint's run; None in one from before that was written down."""
+    return json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("processes")
+
+
+def continues(config: TrainConfig, processes: int, saved: Path) -> str:
+    """What to say where a checkpoint's run goes on with its step split in another way. Raises ValueError if it would
+    be another run: how long it is, what it shows and how it keeps to its memory may change, what a step does may not.
+    """
+    then, before = config_of(saved), processes_of(saved) or processes
+    names = [field.name for field in fields(TrainConfig) if field.name not in MAY_CHANGE + SPLIT]
+    if odd := [name for name in names if getattr(config, name) != getattr(then, name)]:
+        raise ValueError(
+            f"{config.folder} holds a run with another {odd[0]}; choose another name, or take that value again"
+        )
+    now, was = (processes, *_split(config)), (before, *_split(then))
+    if math.prod(now) != math.prod(was):
+        raise ValueError(
+            f"{config.folder} holds a run with {math.prod(was)} clips a step ({_spoken(was)}), here are "
+            f"{math.prod(now)} ({_spoken(now)}); keep their number by --gradient-accumulation-steps and --batch-size"
+        )
+    if now == was:
+        return ""
+    return f"the clips of a step are split anew ({_spoken(now)}, before {_spoken(was)}): from here others are drawn"
+
+
+def _split(config: TrainConfig) -> tuple[int, int]:
+    return config.gradient_accumulation_steps, config.batch_size
+
+
+def _spoken(split: tuple[int, ...]) -> str:
+    return "{} processes x gradient_accumulation_steps {} x batch_size {}".format(*split)
+
+
 def restore(state: TrainState, path: Path) -> None:
     """Put a checkpoint back into a fresh state of the same run, in place. Raises ValueError if names differ."""
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["start"] != state.start:
         raise ValueError(f"{path} began with another model than the one here; choose another name to begin anew")
-    state.step, state.seconds = manifest["step"], manifest["seconds"]
+    state.step, state.seconds, state.skipped = manifest["step"], manifest["seconds"], manifest.get("skipped", 0)
+    if state.scaler is not None and manifest.get("scaler"):
+        state.scaler.load_state_dict(manifest["scaler"])
     weights = read_safetensors(path / "weights.safetensors")
     if odd := weights.keys() ^ state.parameters.keys():
         raise ValueError(f"{path} is of another run: {len(odd)} parameter names differ, e.g. {min(odd)!r}")

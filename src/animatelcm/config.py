@@ -40,15 +40,50 @@ class DataConfig:
     degrade: bool = False
     """Make clips look as web videos do: blurred, blocky, watermarked, vaguely captioned."""
     num_frames: int = 16
+    frame_stride: int = 1
+    """Of a folder's videos: each so manieth frame; AnimateDiff learned from each fourth."""
+    fps: float | None = None
+    """In place of frame_stride: frames that show at this rate, whatever a video's own; slower videos are left out."""
+    window: Literal["first", "random"] = "first"
+    """Which frames of a folder's video are its clip: those it begins with, or from a place drawn with ``seed``."""
+    repeats: int = 1
+    """Clips of each video, at random places of their own; where nothing is kept (``cache``) more cost nothing."""
+    caption_column: str | None = None
+    """Of metadata.jsonl and metadata.csv; None: text, or else caption."""
+    maps: Path | None = None
+    """For an adapter that reads maps: a folder of them, frame for frame, by the names of the clips' files. None: they
+    are made from the clips."""
     width: int = 64
     height: int = 64
     cache: bool = True
     """Encode every clip once and keep the latents (fp16) beside the run."""
+    workers: int | None = field(default=None, compare=False)
+    """Threads that make the next batches meanwhile, which changes nothing else; None: 2 where files are decoded at each
+    step, 0 elsewhere."""
 
     def __post_init__(self) -> None:
         if (self.kind == "folder") != (self.path is not None):
             raise ValueError(
                 f'data.kind={self.kind!r} with data.path={self.path}: kind "folder" and a path go together'
+            )
+        for name, least in {"num_frames": 1, "frame_stride": 1, "repeats": 1, "width": 1, "height": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}: give {least} or more")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"data.workers={self.workers}: give 0 (none) or more")
+        if self.fps is not None and (self.fps <= 0 or self.frame_stride > 1):
+            raise ValueError(
+                f"data.fps={self.fps} with data.frame_stride={self.frame_stride}: give fps above 0, and a stride of 1"
+            )
+        if self.repeats > 1 and self.window == "first":
+            raise ValueError(
+                f"data.repeats={self.repeats} are the same clips again; add data.window random, or leave repeats out"
+            )
+        defaults = {"frame_stride": 1, "fps": None, "window": "first", "caption_column": None, "maps": None}
+        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if given and self.kind != "folder":
+            raise ValueError(
+                f'data.{given[0]} is for the files of data.kind "folder", not for {self.kind!r}; leave it out'
             )
 
 
@@ -187,7 +222,8 @@ class TrainConfig:
     word_weight: float = 0.0
     """Where the text encoder trains: how much it counts that every word stays legible in the text embedding."""
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """fp16 is for GPUs; it resolves small differences of large numbers eight times as finely as bf16."""
     seed: int = 0
     log_every: int = 10
     save_every: int = 500

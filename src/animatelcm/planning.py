@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
 from animatelcm.config import LCM_TARGETS, LoraConfig, TrainConfig
+from animatelcm.counting import ADAPTER, Inputs, count, largest_layer, parameters
 from animatelcm.nets import emoji, lora, sd15
 from animatelcm.nets.adapters import Adapter, Clues
+from animatelcm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from animatelcm.nets.motion import MotionConfig
+from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.roles import Role
+from animatelcm.sources import open_dataset
 from animatelcm.stages import fresh_adapter, with_checkpointing
 
 GIB = 2**30
-ADAPTER = "adapter."
-Inputs = tuple[Tensor, Tensor, Tensor]
-"""Latents (B, C, F, h, w), timesteps (B,), text (B, L, D)."""
 
 
 class Shapes(NamedTuple):
@@ -41,16 +36,38 @@ class Shapes(NamedTuple):
     """Pixels a latent cell covers on each side."""
     rank: int
     """Of stage 1's LoRA, as its recipe has it."""
+    vae: AutoencoderConfig
+    text: TextConfig
 
 
-EMOJI = Shapes(UNetConfig.from_diffusers(emoji.UNET), emoji.MOTION, emoji.TOKENS, downscale=8, rank=16)
-SD15 = Shapes(UNetConfig.from_diffusers(sd15.UNET), sd15.MOTION, sd15.TOKENS, sd15.DOWNSCALE, rank=64)
+EMOJI = Shapes(
+    UNetConfig.from_diffusers(emoji.UNET),
+    emoji.MOTION,
+    emoji.TOKENS,
+    downscale=8,
+    rank=16,
+    vae=AutoencoderConfig(**emoji.VAE),
+    text=TextConfig(**emoji.TEXT),
+)
+SD15 = Shapes(
+    UNetConfig.from_diffusers(sd15.UNET),
+    sd15.MOTION,
+    sd15.TOKENS,
+    sd15.DOWNSCALE,
+    rank=64,
+    vae=AutoencoderConfig(**sd15.VAE),
+    text=TextConfig(**sd15.TEXT),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the UNet costs in one optimiser step on one device; autoencoder and text encoder are small beside it."""
+    """What a run costs: the UNet in one optimiser step on one device, what lies beside it, what goes to disk."""
 
+    global_batch: int
+    """Clips of one optimiser step, over all processes."""
+    clips: int
+    """Clips of the whole run."""
     parameters: int
     """Spatial layers, LoRA layers, and temporal ones where clips are seen."""
     trainable: int
@@ -59,21 +76,35 @@ class Plan:
     weights_gib: float
     """Weights, gradients, Adam's two moments, averages, the teacher's temporal layers, all in float32."""
     activations_gib: float
-    """What the student's forward pass keeps for the backward pass, taken to be of the run's precision. What gradient
-    checkpointing computes again, one layer at a time, comes on top."""
+    """What the student's forward pass keeps for the backward pass, taken to be of the run's precision."""
+    recomputed_gib: float
+    """What gradient checkpointing computes again on top: the largest layer's. (Of a ControlNet it is not counted.)"""
+    beside_gib: float
+    """Autoencoder and text encoder, and the copies of weights that autocast keeps for the backward pass."""
+    memory_gib_at_least: float
+    """The sum of these. Not counted: what single operations and evaluations without gradients need for a moment, the
+    device's own context, fragments, samples on the way (one more copy of what trains), and encoding."""
+    checkpoint_gib: float
+    """On disk: weights, two moments and averages of what trains. Two are kept, and a third while it is written."""
+    cache_gib_per_1000: float
+    """On disk: latents of a thousand clips in fp16; 0 where they are not kept."""
+    cache_gib: float | None
+    """Of all clips; None where the data's folder is not there."""
 
     def text(self) -> str:
         """One line a cost."""
         return "\n".join(
-            f"{name:>16}  {value:,.2f}" if isinstance(value, float) else f"{name:>16}  {value:,}"
+            f"{name:>20}  {value:,.2f}" if isinstance(value, float) else f"{name:>20}  {value:,}"
             for name, value in asdict(self).items()
+            if value is not None
         )
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig, *, processes: int | None = None) -> Plan:
     """Count a run of the miniature or, where the data is a folder, of Stable Diffusion 1.5. Weights are not needed.
 
-    Raises ValueError for an autoencoder, whose size is not counted.
+    ``processes`` share a step; None: as many as the launcher says (WORLD_SIZE), or one. Raises ValueError for an
+    autoencoder, whose size is not counted.
     """
     if config.objective == "autoencoder":
         raise ValueError(f"{config.name} trains an autoencoder; plans are counted for what trains a UNet")
@@ -82,8 +113,10 @@ def plan(config: TrainConfig) -> Plan:
         inputs = _inputs(config, shapes)
         role = _student(config, shapes, motion=inputs[0].shape[2] > 1)
         clues = _clues(config, inputs[0], shapes)
-    forward, backward, kept = _count(role, inputs, clues)
-    sizes = {name: parameter.numel() for name, parameter in _parameters(role)}
+        beside = sum(p.numel() for net in (Autoencoder(shapes.vae), TextEncoder(shapes.text)) for p in net.parameters())
+    forward, backward, kept = count(role, inputs, clues)
+    layer = largest_layer(role, inputs, clues) if config.gradient_checkpointing else 0
+    sizes = {name: parameter.numel() for name, parameter in parameters(role)}
     trained = {name: size for name, size in sizes.items() if _trains(config, name)}
     distils = config.objective == "consistency"
     taught = distils and config.consistency.earlier == "teacher"
@@ -93,13 +126,34 @@ def plan(config: TrainConfig) -> Plan:
     second = taught and config.trainable != "lora"  # temporal layers beside the live ones
     teacher = sum(size for name, size in sizes.items() if second and "motion_modules" in name)
     every, updated = sum(sizes.values()), sum(trained.values())
+    precision = 1 if config.mixed_precision == "no" else 2
+    weights = 4 * (every + copies * updated + teacher)
+    # Autocast remembers its copy of what trains, and of what is frozen wherever a layer's gradient asks for it.
+    cast = 0 if precision == 1 else 2 * (updated if config.gradient_checkpointing else every)
+    memory = {"activations_gib": kept / precision, "recomputed_gib": layer / precision, "beside_gib": 4 * beside + cast}
+    batch = (processes or int(os.environ.get("WORLD_SIZE", "1"))) * config.gradient_accumulation_steps
+    latents = 2 * inputs[0][0].numel() if config.data.cache else 0
+    clips = 0 if not config.data.cache else _clips(config)
     return Plan(
+        global_batch=batch * config.batch_size,
+        clips=config.steps * batch * config.batch_size,
         parameters=every,
         trainable=updated,
         flops=config.gradient_accumulation_steps * (evaluations * forward + backward),
-        weights_gib=4 * (every + copies * updated + teacher) / GIB,
-        activations_gib=kept / (1 if config.mixed_precision == "no" else 2) / GIB,
+        weights_gib=weights / GIB,
+        **{name: size / GIB for name, size in memory.items()},
+        memory_gib_at_least=(weights + sum(memory.values())) / GIB,
+        checkpoint_gib=4 * copies * updated / GIB,
+        cache_gib_per_1000=1000 * latents / GIB,
+        cache_gib=None if clips is None else clips * latents / GIB,
     )
+
+
+def _clips(config: TrainConfig) -> int | None:
+    """How many there are to keep, if the folder that holds them is there."""
+    if config.data.path is not None and not config.data.path.is_dir():
+        return None
+    return len(open_dataset(config.data))
 
 
 def _of_miniature(config: TrainConfig) -> bool:
@@ -134,15 +188,9 @@ def _student(config: TrainConfig, shapes: Shapes, *, motion: bool) -> Role:
     if adapter is not None:
         with_checkpointing(adapter.network, config.gradient_checkpointing)
     role = Role(unet, adapter=adapter)
-    for name, parameter in _parameters(role):
+    for name, parameter in parameters(role):
         parameter.requires_grad_(_trains(config, name))
     return role
-
-
-def _parameters(role: Role) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from role.network.named_parameters()
-    if role.adapter is not None:
-        yield from ((ADAPTER + name, parameter) for name, parameter in role.adapter.named_parameters())
 
 
 def _clues(config: TrainConfig, latents: Tensor, shapes: Shapes) -> Clues:
@@ -164,58 +212,3 @@ def _trains(config: TrainConfig, name: str) -> bool:
     if ".lora_A." in name or ".lora_B." in name:
         return config.trains_lora
     return config.trainable == ("motion" if "motion_modules" in name else "image")
-
-
-class _Flops(TorchDispatchMode):
-    """A sum by torch's own formulas. Its ``FlopCounterMode`` also asks of each operation in which module it is, which
-    takes as long again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
-
-
-def _count(role: Role, inputs: Inputs, clues: Clues) -> tuple[int, int, int]:
-    """FLOPs of a forward and of its backward pass, and the bytes in float32 that the first keeps for the second."""
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage
-        return tensor
-
-    with _Flops() as flops, _fused_attention():
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = role(*inputs, motion=role.network.motion is not None, clues=clues).sum()
-        forward = flops.total
-        loss.backward()
-    weights = {parameter.untyped_storage()._cdata for _, parameter in _parameters(role)}
-    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
-    return forward, flops.total - forward, kept
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention as accelerators compute it, in one operation: on tensors without memory torch would spell it out in
-    matrix products, which keep every attention weight for the backward pass."""
-    spelled_out = F.scaled_dot_product_attention
-    # A TorchFunctionMode would not reach what checkpointing computes again: it is off during a backward pass.
-    F.scaled_dot_product_attention = _flash
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = spelled_out

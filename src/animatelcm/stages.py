@@ -273,7 +273,7 @@ def _distil(config: TrainConfig, model: VideoModel, state: TrainState, batch: Cl
         roles = consistency_roles(
             model.unet,
             config.consistency,
-            step=state.step,
+            step=state.updates,
             average={name.removeprefix("unet."): value for name, value in average.items()},
             teacher_motion=model.teacher_motion,
         )

@@ -1,7 +1,7 @@
 """The training loop. It knows no method: an objective gives one loss a clip, the loop reduces and steps.
 
-The only file that knows accelerate. A run is resumable at any step: data and noise are drawn by address
-(seed, step, rank), so weights, optimiser and average are the whole state.
+With processes.py the only file that knows accelerate. A run is resumable at any step: data and noise are drawn by
+address (seed, step, rank), so weights, optimiser and average are the whole state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,22 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from animatelcm import checkpoint, stages, video
+from animatelcm import checkpoint, processes, stages, video
 from animatelcm.bundle import save
 from animatelcm.checkpoint import TrainState
-from animatelcm.config import DataConfig, TrainConfig
-from animatelcm.data.batches import (
-    Batches,
-    ClipBatch,
-    ClipDataset,
-    draw_indices,
-    latent_batches,
-    pixel_batches,
-    with_looks,
-)
+from animatelcm.config import TrainConfig
+from animatelcm.data.batches import ClipBatch, draw_indices, prefetched
 from animatelcm.data.clips import FolderDataset
-from animatelcm.data.emoji import EmojiClips, EmojiImages
-from animatelcm.data.sprites import SMALL_CONCEPTS, SpritePack
 from animatelcm.ema import Ema
 from animatelcm.log import RunLog
 from animatelcm.model import VideoModel
@@ -44,12 +34,13 @@ from animatelcm.objectives import Draw, Terms
 from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample
+from animatelcm.sources import open_source
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MAY_CHANGE = ("out", "steps", "log_every", "save_every", "sample_every", "sample_prompts")
-"""Fields that a resumed run may have of its own."""
+LEAST_SCALE = 2.0**-10
+"""Of float16's losses: 2^16, what a scaler begins with, halved 26 times. No finite gradient needs less."""
 
 
 class _Step(nn.Module):
@@ -71,41 +62,40 @@ def train(config: TrainConfig, *, resume: bool = False, stop_after: int | None =
     would: with a checkpoint. Raises ValueError if the run's folder is in use and ``resume`` is not asked for, or if
     what lies there is a run of other settings or from another model.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    saved = _claim(config, resume)
+    accelerator = processes.accelerator(config)
+    claim = _claim(config, resume, accelerator)
     model = stages.starting_model(config).to(accelerator.device)
     state = _fresh_state(config, model)
-    if saved is not None:
-        checkpoint.restore(state, saved)
-    _run(config, accelerator, model, state, stop_after)
+    state.processes, state.scaler = accelerator.num_processes, accelerator.scaler
+    if claim.saved is not None:
+        checkpoint.restore(state, claim.saved)
+    _run(config, accelerator, model, state, stop_after, claim.note)
     if state.step < config.steps:
         return None
     if accelerator.is_main_process:
         with averaged(state):
             _finish(config, model, state)
+    accelerator.wait_for_everyone()
     return config.folder / "model"
 
 
-def _claim(config: TrainConfig, resume: bool) -> Path | None:
-    """Make the run's folder and write down what runs in it. Returns the checkpoint to continue from."""
+class _Claim(NamedTuple):
+    """What a run goes on from, and what to say of that."""
+
+    saved: Path | None
+    note: str
+
+
+def _claim(config: TrainConfig, resume: bool, accelerator: Accelerator) -> _Claim:
+    """Make the run's folder and write down what runs in it."""
     saved = checkpoint.finished(config.folder / "checkpoints")
     if saved and not resume:
         raise ValueError(f"{config.folder} holds a run already; add --resume to continue it, or choose another name")
-    if saved and (odd := _changed(config, checkpoint.config_of(saved[-1]))):
-        raise ValueError(
-            f"{config.folder} holds a run with another {odd[0]}; choose another name, or take that value again"
-        )
-    config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(config.to_json() + "\n")
-    return saved[-1] if saved else None
-
-
-def _changed(config: TrainConfig, saved: TrainConfig) -> list[str]:
-    """Fields that decide what a step does and differ; how long a run is and what it shows may change."""
-    names = [field.name for field in fields(TrainConfig) if field.name not in MAY_CHANGE]
-    return [name for name in names if getattr(config, name) != getattr(saved, name)]
+    note = checkpoint.continues(config, accelerator.num_processes, saved[-1]) if saved else ""
+    if accelerator.is_main_process:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        (config.folder / "config.json").write_text(config.to_json() + "\n")
+    return _Claim(saved[-1] if saved else None, note)
 
 
 def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
@@ -119,11 +109,15 @@ def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
 
 
 def _run(
-    config: TrainConfig, accelerator: Accelerator, model: VideoModel, state: TrainState, stop_after: int | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: VideoModel,
+    state: TrainState,
+    stop_after: int | None,
+    note: str = "",
 ) -> None:
     """Steps from ``state.step`` to the end, an interrupt or ``stop_after``."""
-    with accelerator.main_process_first():  # one process encodes, the others read what it kept
-        source = open_source(config, model)
+    source = open_source(config, model, accelerator.process_index, accelerator.num_processes)
     step_module, optimizer = accelerator.prepare(_Step(model, stages.objective(config, model, state)), state.optimizer)
     draw = partial(
         draw_indices, len(source.dataset), config.batch_size, seed=config.seed, rank=accelerator.process_index
@@ -135,14 +129,22 @@ def _run(
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     main = accelerator.is_main_process
     log = RunLog(config.folder, config.name, state.step, config.steps) if main else None
-    with log or nullcontext(), _interrupt() as interrupted:
-        while state.step < last and not _any(accelerator, interrupted()):
+    numbers = (state.step * config.gradient_accumulation_steps, last * config.gradient_accumulation_steps)
+    ahead = prefetched(drawn, *numbers, source.workers)
+    found: list[dict[str, Tensor]] = []
+    state.scale = 0.0 if state.scaler is None else state.scaler.get_scale()
+    with log or nullcontext(), _interrupt() as interrupted, ahead as batches:
+        if log is not None and note:
+            log.note(note)
+        while state.step < last and not processes.ending(config, accelerator, state, interrupted()):
             began = time.perf_counter()
-            terms = gradients(config, accelerator, step_module, drawn, state.step)
-            update(config, accelerator, optimizer, state)
-            state.seconds += time.perf_counter() - began
+            terms = gradients(config, accelerator, step_module, batches, state.step)
+            norm = update(config, accelerator, optimizer, state)
+            found.append({"loss": terms.loss.mean(), **terms.logs, "grad_norm": norm})
+            figures = processes.means(accelerator, found) if state.step % config.log_every == 0 else {}
+            state.seconds += time.perf_counter() - began  # the line above waits for a device that lags
             if log is not None:
-                _after_step(config, model, state, terms, log)
+                _after_step(config, model, state, figures, log)
         if log is not None:
             checkpoint.save(state, config.folder / "checkpoints", config.to_json())
         if log is not None and isinstance(source.dataset, FolderDataset):
@@ -169,25 +171,41 @@ def gradients(
     return Terms(torch.cat([terms.loss for terms in found]), logs)
 
 
-def update(config: TrainConfig, accelerator: Accelerator, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """What follows a backward pass: weights go by their gradients, averages after them, and the step is counted."""
+def update(
+    config: TrainConfig, accelerator: Accelerator, optimizer: torch.optim.Optimizer, state: TrainState
+) -> Tensor:
+    """What follows a backward pass: weights go by their gradients, averages after them, and the step is counted.
+    Returns the gradients' norm before it is clipped.
+
+    Where float16 overflowed, the scaler keeps weights and optimiser as they were, and only the step is counted."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+        group["lr"] = learning_rate(config, state.updates)
+    norm = accelerator.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.ema.decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
+    if _overflowed(state):
+        state.skipped += 1
+        return norm
+    state.ema.decay = min(config.ema_decay, (1 + state.updates) / (10 + state.updates))
     state.ema.update(state.parameters)
     if state.target is not None:
         state.target.update(state.parameters)
+    return norm
 
 
-def _any(accelerator: Accelerator, asked: bool) -> bool:
-    """Whether any process asks: they all leave after the same step, or none does."""
-    if accelerator.num_processes == 1:
-        return asked
-    return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item())
+def _overflowed(state: TrainState) -> bool:
+    """Whether the gradients of this step were not finite, so that the scaler has lowered its scale. (accelerate's
+    ``step_was_skipped`` does not see it: a fused optimiser skips by itself.) The host waits for the device here."""
+    if state.scaler is None:
+        return False
+    before, state.scale = state.scale, state.scaler.get_scale()
+    if state.scale < LEAST_SCALE:
+        raise ValueError(
+            f"step {state.step}: gradients are not finite in fp16 however small their scale; begin again with "
+            "--mixed-precision bf16 or a lower --learning-rate, or look at the data"
+        )
+    return state.scale < before
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -199,11 +217,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _after_step(config: TrainConfig, model: VideoModel, state: TrainState, terms: Terms, log: RunLog) -> None:
+def _after_step(
+    config: TrainConfig, model: VideoModel, state: TrainState, figures: Mapping[str, float], log: RunLog
+) -> None:
     """What the outside sees of a step: figures, checkpoints, sample sheets, each at its interval."""
-    if state.step % config.log_every == 0:
-        figures = {"loss": terms.loss.detach().mean(), **terms.logs}
-        log(state.step, {name: value.item() for name, value in figures.items()})
+    if figures:
+        log(state.step, figures if state.scaler is None else {**figures, "loss_scale": state.scale})
     if state.step % config.save_every == 0:
         checkpoint.save(state, config.folder / "checkpoints", config.to_json())
     if config.sample_prompts and state.step % config.sample_every == 0:
@@ -242,62 +261,22 @@ def _interrupt() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class Source(NamedTuple):
-    """The data of a run: the clips, and batches of them by index."""
-
-    dataset: ClipDataset
-    batches: Batches
-
-
-def open_source(config: TrainConfig, model: VideoModel) -> Source:
-    """The data of a run: as pixels, or as latents encoded once and kept in ``<out>/cache``."""
-    dataset = open_dataset(config.data)
-    batches = _batches(config, model, dataset)
-    if config.adapter is None or not (config.adapter.reads_maps or config.adapter.sees == "pixels"):
-        return Source(dataset, batches)
-    kind = config.adapter.name if config.adapter.reads_maps else None
-    return Source(dataset, with_looks(batches, dataset, kind))
-
-
-def _batches(config: TrainConfig, model: VideoModel, dataset: ClipDataset) -> Batches:
-    if not config.data.cache:
-        return pixel_batches(dataset)
-    facts = f"{config.data}/{_content(config.data)}/{model.fingerprint('vae')}"
-    with torch.no_grad():
-        path = config.out / "cache" / config.data.kind
-        return latent_batches(dataset, model.encode, path, facts=facts)
-
-
-def open_dataset(data: DataConfig) -> ClipDataset:
-    """The clips that a data config describes."""
-    if data.path is not None:
-        return FolderDataset(data.path, num_frames=data.num_frames, size=(data.height, data.width))
-    sheets = {Path(style).stem: Path(style) for style in data.styles if style.endswith(".webp")}
-    styles = tuple(Path(style).stem if style.endswith(".webp") else style for style in data.styles)
-    pack = SpritePack(extra_styles=sheets)
-    concepts = SMALL_CONCEPTS if data.concepts == "small" else tuple(pack.concepts)
-    common = {"length": data.length, "seed": data.seed, "concepts": concepts, "styles": styles, "pack": pack}
-    if data.kind == "emoji-images":
-        return EmojiImages(**common, moments=data.moments)
-    return EmojiClips(**common, degrade=data.degrade)
-
-
-def _content(data: DataConfig) -> list[tuple[str, int, int]]:
-    """What tells one state of a folder from another: names, sizes, times of change."""
-    files = sorted(path for path in data.path.rglob("*") if path.is_file()) if data.path is not None else []
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
 def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
     """A sheet of the run's prompts in ``samples/`` of its folder: one row a clip, or one row of images."""
-    frames = 1 if config.data.kind == "emoji-images" else None
+    data, model = config.data, replace(model, compile="none")  # graphs of weights that change would only take memory
+    size: dict[str, int] = {}
+    if data.kind == "folder":
+        size = {"num_frames": data.num_frames, "width": data.width, "height": data.height}
+    elif data.kind == "emoji-images":
+        size = {"num_frames": 1}
     rows = [
-        sample(model, SampleRequest(prompt=prompt, num_frames=frames, seed=i))[0].frames
+        sample(model, SampleRequest(prompt=prompt, seed=i, **size))[0].frames
         for i, prompt in enumerate(config.sample_prompts)
     ]
     path = config.folder / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    sheet = video.contact_sheet([np.concatenate(rows)]) if frames else video.contact_sheet(rows, config.sample_prompts)
+    still = len(rows[0]) == 1
+    sheet = video.contact_sheet([np.concatenate(rows)]) if still else video.contact_sheet(rows, config.sample_prompts)
     video.write_image(sheet, path, overwrite=True)
     return path
 
@@ -305,7 +284,7 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
 def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> Path:
     """Write the bundle, with what was done to it."""
     left = stages.result(config, model)
-    clips = state.step * config.gradient_accumulation_steps * config.batch_size
+    clips = state.step * state.processes * config.gradient_accumulation_steps * config.batch_size
     done = {"steps": state.step, "clips": clips, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
     facts = replace(left.facts, trained={**left.facts.trained, config.name: done})

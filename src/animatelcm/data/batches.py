@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from animatelcm.data.clips import Clip
@@ -38,6 +35,16 @@ class ClipBatch:
     """Control maps (B, 3, F, H, W) in [0, 1], where an adapter reads them."""
     first: Tensor | None = None
     """The first frame's pixels (B, 3, H, W) in [-1, 1], where an adapter sees them."""
+    sources: tuple[str, ...] = ()
+    """Where the clips came from, if that is known."""
+
+    def to(self, device: torch.device) -> ClipBatch:
+        """The same on a device; a copy to CUDA goes by pinned memory, and nobody waits for it."""
+        if device.type != "cuda":
+            return self
+        named = {name: getattr(self, name) for name in ("pixels", "latents", "maps", "first")}
+        moved = {name: x.pin_memory().to(device, non_blocking=True) for name, x in named.items() if x is not None}
+        return replace(self, **moved)
 
 
 Batches = Callable[[Sequence[int]], ClipBatch]
@@ -55,22 +62,33 @@ def pixel_batches(dataset: ClipDataset) -> Batches:
 
     def batch(indices: Sequence[int]) -> ClipBatch:
         clips = [dataset[i] for i in indices]
-        return ClipBatch(captions=tuple(c.caption for c in clips), pixels=to_pixels([c.frames for c in clips]))
+        said = {"captions": tuple(c.caption for c in clips), "sources": tuple(c.source for c in clips)}
+        return ClipBatch(pixels=to_pixels([c.frames for c in clips]), **said)
 
     return batch
 
 
-def with_looks(batches: Batches, dataset: ClipDataset, kind: str | None) -> Batches:
-    """The same batches with the pixels of each clip's first frame, or with control maps of a kind, made from the clips
-    as they are needed (``data.looks``): they are cheap beside a training step, and large to keep."""
-    from animatelcm.data.looks import control
+def with_first(batches: Batches, dataset: ClipDataset) -> Batches:
+    """The same batches with the pixels of each clip's first frame."""
 
     def batch(indices: Sequence[int]) -> ClipBatch:
         found = batches(indices)
-        if kind is None:
-            return replace(found, first=to_pixels([dataset[i].frames[:1] for i in indices]).squeeze(2))
-        maps = torch.from_numpy(np.stack([control(dataset, i, kind) for i in indices]))
-        return replace(found, maps=maps.permute(0, 4, 1, 2, 3).float().div(255))
+        if found.pixels is not None:
+            return replace(found, first=found.pixels[:, :, 0])
+        return replace(found, first=to_pixels([dataset[i].frames[:1] for i in indices]).squeeze(2))
+
+    return batch
+
+
+def with_maps(batches: Batches, maps: Callable[[int, str | None], np.ndarray]) -> Batches:
+    """The same batches with control maps, which are read or made as they are needed (``data.looks``): they are cheap
+    beside a training step, and large to keep. ``maps`` gives those of an index and its source, uint8 (F, H, W, 3)."""
+
+    def batch(indices: Sequence[int]) -> ClipBatch:
+        found = batches(indices)
+        sources = found.sources or (None,) * len(indices)
+        made = torch.from_numpy(np.stack([maps(i, source) for i, source in zip(indices, sources, strict=True)]))
+        return replace(found, maps=made.permute(0, 4, 1, 2, 3).float().div(255))
 
     return batch
 
@@ -81,48 +99,26 @@ def draw_indices(length: int, count: int, *, seed: int, step: int, rank: int) ->
     return draws.tolist()
 
 
-def latent_batches(
-    dataset: ClipDataset,
-    encode: Callable[[Tensor], Tensor],
-    path: Path,
-    *,
-    facts: str,
-    chunk: int = 32,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Batches:
-    """Batches of latents from a safetensors file that is made at first need.
+@contextmanager
+def prefetched(
+    batches: Callable[[int], ClipBatch], first: int, last: int, workers: int
+) -> Iterator[Callable[[int], ClipBatch]]:
+    """The same batches, asked for by numbers from ``first`` to below ``last``, one after another: while one is used,
+    ``workers`` threads make the next ones, one more than they are. What fails there is raised where that batch is asked
+    for."""
+    if workers == 0:
+        yield batches
+        return
+    pool = ThreadPoolExecutor(workers, "batches")
+    ahead = {number: pool.submit(batches, number) for number in range(first, min(first + workers + 1, last))}
 
-    ``encode`` maps pixels (B, 3, F, H, W) to latents (B, C, F, h, w); they are kept in fp16. ``facts`` says what
-    the latents depend on (data set, autoencoder); its hash is part of the file name, so a change makes a new file.
-    """
-    path = path.with_name(f"{path.stem}-{hashlib.blake2b(facts.encode(), digest_size=6).hexdigest()}.safetensors")
-    if not path.is_file():
-        _write_latents(dataset, encode, path, chunk, progress)
-    with safe_open(str(path), framework="pt") as file:
-        captions = json.loads(file.metadata()["captions"])
-        latents = file.get_tensor("latents")
+    def batch(number: int) -> ClipBatch:
+        following = number + workers + 1
+        if following < last and following not in ahead:
+            ahead[following] = pool.submit(batches, following)
+        return ahead.pop(number).result() if number in ahead else batches(number)
 
-    def batch(indices: Sequence[int]) -> ClipBatch:
-        return ClipBatch(captions=tuple(captions[i] for i in indices), latents=latents[list(indices)].float())
-
-    return batch
-
-
-def _write_latents(
-    dataset: ClipDataset,
-    encode: Callable[[Tensor], Tensor],
-    path: Path,
-    chunk: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    captions: list[str] = []
-    latents: list[Tensor] = []
-    for start in range(0, len(dataset), chunk):
-        clips = [dataset[i] for i in range(start, min(start + chunk, len(dataset)))]
-        captions += [clip.caption for clip in clips]
-        latents.append(encode(to_pixels([clip.frames for clip in clips])).half().cpu())
-        progress(len(captions), len(dataset))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    save_file({"latents": torch.cat(latents).contiguous()}, unfinished, metadata={"captions": json.dumps(captions)})
-    unfinished.replace(path)
+    try:
+        yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
@@ -81,6 +82,11 @@ class FolderDataset:
         self._scan(caption_column, Fraction(stride), fps)
 
     @property
+    def sources(self) -> list[str]:
+        """Files that are used, relative to the folder."""
+        return [item.source for item in self._items]
+
+    @property
     def skipped(self) -> list[str]:
         """Files left out so far, relative to the folder; what fails to decode later is added then."""
         return sorted(self._reasons)
@@ -95,7 +101,7 @@ class FolderDataset:
         for offset in range(len(self._items)):
             item = self._items[(index + offset) % len(self._items)]
             try:
-                return Clip(self._frames(item, index), item.caption, item.source)
+                return Clip(self._frames(self.path / item.source, item, index), item.caption, item.source)
             except ValueError as error:
                 self._skip(item.source, error)
         raise ValueError(f"no file could be decoded. {self.summary()}")
@@ -117,8 +123,21 @@ class FolderDataset:
     def _span(self, stride: Fraction) -> int:
         return int((self.num_frames - 1) * stride) + 1
 
-    def _frames(self, item: _Item, index: int) -> np.ndarray:
-        path, start = self.path / item.source, 0
+    def alike(self, path: Path, source: str, index: int) -> np.ndarray:
+        """Frames (F, H, W, 3) of a file that goes with ``source``, those that clip ``index`` has of it."""
+        return self._frames(path, self._of[source], index)
+
+    def frames_needed(self, source: str) -> int:
+        """Of a file that goes with ``source``; 0: an image."""
+        item = self._of[source]
+        return item.num_frames if self.seed is not None else min(item.num_frames, self._span(item.stride))
+
+    @cached_property
+    def _of(self) -> dict[str, _Item]:
+        return {item.source: item for item in self._items}
+
+    def _frames(self, path: Path, item: _Item, index: int) -> np.ndarray:
+        start = 0
         if item.num_frames == 0:
             return fit(video.read_image(path), self.size)[None]
         if self.seed is not None:
@@ -130,7 +149,7 @@ class FolderDataset:
     def _scan(self, caption_column: str | None, stride: Fraction, fps: float | None) -> None:
         if not self.path.is_dir():
             raise ValueError(f"there is no folder {self.path}")
-        files = _visible(self.path)
+        files = visible(self.path)
         listed = _listed_captions(self.path, files, caption_column)
         for source in sorted(files | listed.keys()):
             if source in listed or PurePosixPath(source).suffix.lower() in SUFFIXES:
@@ -167,7 +186,8 @@ def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def _visible(root: Path) -> set[str]:
+def visible(root: Path) -> set[str]:
+    """Files under a folder, relative to it, but for hidden ones."""
     names = {file.relative_to(root) for file in root.rglob("*") if file.is_file()}
     hidden = (".", "__MACOSX")
     return {name.as_posix() for name in names if not any(part.startswith(hidden) for part in name.parts)}
