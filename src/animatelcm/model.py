@@ -17,6 +17,7 @@ from animatelcm.nets.graphs import Graphs
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.text_encoder import TextEncoder
 from animatelcm.nets.unet import VideoUNet
+from animatelcm.prompts import Syntax, chunks, sections
 from animatelcm.request import Compile
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer
@@ -76,6 +77,8 @@ class VideoModel:
     """The image acceleration that is fused, and its scale."""
     kept: State = field(default_factory=dict)
     """The base's values of tensors that ``fusion.fuse`` changed, on the CPU, by ``<part>.<name>``."""
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    """Textual inversions: what stands for a word in prompts, (N, D), by the word; not saved with the model."""
     decoder: AutoencoderTiny | None = None
     """What draws latents in place of ``vae``; it is not saved with the model."""
     compile: Compile = "auto"
@@ -146,8 +149,30 @@ class VideoModel:
         return self.tokenizer(texts).to(self.device)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Text (B strings) -> (B, L, D), the text encoder's last hidden state."""
+        """Text (B strings) -> (B, L, D), the text encoder's last hidden state; longer texts are cut."""
         return self.text_encoder(self.tokens(texts))
+
+    def embed_prompts(self, prompts: Sequence[str], syntax: Syntax = "a1111", clip_skip: int = 1) -> Tensor:
+        """Prompts (B strings) with their marks -> (B, K L, D): the K chunks of the longest, each encoded by itself.
+
+        Shorter ones are filled up with empty chunks. What fits and has no marks is as ``embed`` has it, bit for bit. As
+        in A1111 (``sd_hijack_clip.py``, ``sd_emphasis.py``) a chunk has two tokens less than the encoder, weights
+        multiply what comes out of it, and then its mean is what it was. (ComfyUI moves tokens away from an empty
+        prompt's instead.) ``clip_skip``: 1 is the last layer. Raises ValueError for marks that are none.
+        """
+        words, count = {}, self.text_encoder.words.shape[0]
+        for word, vectors in self.embeddings.items():
+            words[word] = range(count, count + len(vectors))
+            count += len(vectors)
+        spell, room = self.tokenizer.spelled, self.tokenizer.model_max_length - 2
+        said = [chunks(sections(prompt, syntax), spell, words, room) for prompt in prompts]
+        most = max(map(len, said))
+        parts = [part for found in said for part in (*found, *[[]] * (most - len(found)))]
+        tokens = torch.tensor([self.tokenizer.ended([number for number, _ in part]) for part in parts])
+        added = torch.cat([*self.embeddings.values()]) if words else None
+        text = self.text_encoder(tokens.to(self.device), added, clip_skip)
+        text = torch.stack([_weighed(one, [w for _, w in part]) for one, part in zip(text, parts, strict=True)])
+        return text.unflatten(0, (len(prompts), most)).flatten(1, 2)
 
     def encode(self, pixels: Tensor, chunk: int = 32) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] -> latents (B, C, F, h, w), the posterior's mean, of unit variance.
@@ -177,6 +202,18 @@ class VideoModel:
             pixels = self.vae.decode(scaled) if self.decoder is None else self.decoder.decode(scaled).sample
         pixels = pixels.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).contiguous()
+
+
+def _weighed(text: Tensor, weights: Sequence[float]) -> Tensor:
+    """One chunk (L, D) times the weights of its tokens from the second on, at the mean that it had, if it had one."""
+    if all(weight == 1 for weight in weights):
+        return text
+    factors = torch.ones(len(text), 1, device=text.device)
+    factors[1 : len(weights) + 1, 0] = torch.tensor(weights, device=text.device)
+    changed = text.float() * factors
+    before, after = text.float().mean(), changed.mean()
+    telling = torch.minimum(before.abs(), after.abs()) > 1e-3 * text.float().std()
+    return torch.where(telling, changed * (before / after), changed).to(text.dtype)
 
 
 def with_motion(model: VideoModel, motion: MotionConfig) -> VideoModel:

@@ -58,6 +58,21 @@ class Tokenizer:
         """B texts -> int64 (B, ``model_max_length``)."""
         return torch.tensor([found.ids for found in self._tokens.encode_batch(list(texts))], dtype=torch.long)
 
+    def spelled(self, text: str) -> list[int]:
+        """All tokens of a text, however many, without those that start and end it."""
+        whole = self._tokens.encode(text, add_special_tokens=False)
+        return [
+            number
+            for part in (whole, *whole.overflowing)
+            for number, told in zip(part.ids, part.attention_mask, strict=True)
+            if told
+        ]
+
+    def ended(self, numbers: Sequence[int]) -> list[int]:
+        """``model_max_length`` - 2 tokens at most, between those that start and end a text, padded as texts are."""
+        found = [self.bos_token_id, *numbers, self.eos_token_id]
+        return found + [self.pad_token_id] * (self.model_max_length - len(found))
+
     def __len__(self) -> int:
         """Tokens in the vocabulary."""
         return self._tokens.get_vocab_size()

@@ -92,9 +92,13 @@ class TextEncoder(nn.Module):
         """The embedding of each token, (vocabulary, D)."""
         return self.text_model.embeddings.token_embedding.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens int64 (B, L) -> the last layer's (B, L, D), normed."""
-        return self.text_model(tokens)
+    def forward(self, tokens: Tensor, added: Tensor | None = None, clip_skip: int = 1) -> Tensor:
+        """Tokens int64 (B, L) -> a layer's (B, L, D), normed: the last one's, or the ``clip_skip``-th from the end.
+
+        Tokens beyond the vocabulary are rows of ``added``, (N, D). Layers are counted as A1111 counts them; diffusers'
+        ``clip_skip`` is one less. Raises ValueError where there are fewer layers.
+        """
+        return self.text_model(tokens, added, clip_skip)
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -123,9 +127,15 @@ class TextTransformer(nn.Module):
         self.encoder.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embeddings(tokens)
-        for layer in self.encoder.layers:
+    def forward(self, tokens: Tensor, added: Tensor | None = None, clip_skip: int = 1) -> Tensor:
+        layers = self.encoder.layers
+        if not 1 <= clip_skip <= len(layers):
+            most = len(layers)
+            raise ValueError(
+                f"clip_skip={clip_skip}, and this text encoder has {most} layers; choose 1 (all) to {most}"
+            )
+        x = self.embeddings(tokens, added)
+        for layer in layers[: len(layers) + 1 - clip_skip]:
             x = layer(x)
         return self.final_layer_norm(x)
 
@@ -138,12 +148,17 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L) -> (B, L, D)."""
+    def forward(self, tokens: Tensor, added: Tensor | None = None) -> Tensor:
+        """(B, L), and what stands for tokens beyond the vocabulary, (N, D) -> (B, L, D)."""
         places = self.position_embedding.num_embeddings
         if tokens.shape[1] > places:
             raise ValueError(f"{tokens.shape[1]} tokens, and this text encoder has {places} places; cut the text")
-        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
+        positions, known = self.position_embedding.weight[: tokens.shape[1]], self.token_embedding.num_embeddings
+        if added is None:
+            return self.token_embedding(tokens) + positions
+        words, others = self.token_embedding(tokens.clamp(max=known - 1)), tokens >= known
+        words[others] = added.to(words)[tokens[others] - known]
+        return words + positions
 
 
 class TextLayer(nn.Module):
