@@ -17,6 +17,7 @@ from animatelcm.assembly import load_sum, with_temporal_layers
 from animatelcm.bundle import load
 from animatelcm.conversion import convert
 from animatelcm.request import ModelSource
+from animatelcm.verbs import Fuse
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
 from animatelcm.weights.motion import read_motion
@@ -195,6 +196,26 @@ def test_a_header_that_lies_is_refused(image_model, tmp_path, said):
     save_file(standins.fill(standins.mm_v2()), tmp_path / "in.safetensors", metadata={"animatelcm": said})
     with pytest.raises(ValueError, match=r"in\.safetensors.*damaged"):
         with_temporal_layers(image_model, tmp_path / "in.safetensors")
+
+
+@pytest.mark.parametrize(("source", "to"), [("emoji", "bundle"), ("emoji", "diffusers"), ("motion", "diffusers")])
+def test_a_folder_is_not_named_like_a_file(tmp_path, source, to):
+    save_file(standins.fill(standins.mm_v2()), tmp_path / "motion.safetensors")
+    place = source if source == "emoji" else tmp_path / "motion.safetensors"
+    for name in ("out.safetensors", "out.ckpt"):
+        with pytest.raises(ValueError, match=f"{name} is a file's name, and this is written as a folder"):
+            convert(place, tmp_path / name, to=to)
+        with pytest.raises(ValueError, match=f"{name} is a file's name"):
+            Fuse(out=tmp_path / name).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["motion.safetensors"]
+    convert(place, tmp_path / "model-v1.5", to=to)
+
+
+def test_a_fused_folder_says_where_its_loras_are(tmp_path):
+    Fuse(out=tmp_path / "fused").run()
+    for part in ("", "twemoji"):
+        with pytest.raises(ValueError, match="what was fused is in its weights: --to checkpoint"):
+            convert(tmp_path / "fused", tmp_path / "out.safetensors", to="kohya", part=part)
 
 
 @pytest.fixture(scope="module")

@@ -195,8 +195,6 @@ def test_animatediff_s_layout_folds_the_alpha_and_has_no_other_layers(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "keys"),
     [
-        ("LoHa", ("hada_w1_a", "alpha", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-        ("LoKr", ("lokr_w1", "alpha", "lokr_w2_a", "lokr_w2_b")),
         ("middle matrix", ("lora_mid.weight", "alpha", "lora_down.weight", "lora_up.weight")),
         ("DoRA", ("dora_scale", "alpha", "lora_down.weight", "lora_up.weight")),
         ("OFT", ("oft_blocks", "alpha")),

@@ -30,12 +30,15 @@ from animatelcm.hub import ASSETS, find
 from animatelcm.ldm import read_checkpoint
 from animatelcm.model import Facts, VideoModel
 from animatelcm.nets import sd15
+from animatelcm.nets.autoencoder import Autoencoder
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig
 from animatelcm.schedule import NoiseSchedule, SchedulerClass
 from animatelcm.tokenizer import Tokenizer, read_merges
-from animatelcm.weights.files import State, write_safetensors
-from animatelcm.weights.lora import Layout, Lora, modelspec, read_lora, write_lora
+from animatelcm.vae import FILES as VAE_FILES
+from animatelcm.vae import read_vae
+from animatelcm.weights.files import WEIGHT_SUFFIXES, State, write_safetensors
+from animatelcm.weights.lora import Layout, Lora, modelspec, plain, read_lora, write_lora
 from animatelcm.weights.motion import config as motion_settings
 from animatelcm.weights.motion import read_motion
 
@@ -82,14 +85,18 @@ def save(
         write_json(unfinished / FACTS_FILE, asdict(model.facts))
 
 
+def scheduler_of(model: VideoModel) -> SchedulerClass:
+    """diffusers' scheduler for what a model's weights are: of few steps or of many."""
+    return "LCMScheduler" if model.facts.sampler == "lcm" else "DDIMScheduler"
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which gets this name when all went well, and is gone when it did not.
 
     It replaces a model's or a MotionAdapter's folder. Raises ValueError where the name belongs to anything else.
     """
-    if folder.exists() and not _replaceable(folder):
-        raise ValueError(f"{folder} exists and is no model folder; choose another name, or move it away")
+    check_folder(folder)
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -99,6 +106,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a folder of weights cannot have this name: a file's, or that of what is kept."""
+    if folder.exists() and not _replaceable(folder):
+        raise ValueError(f"{folder} exists and is no model folder; choose another name, or move it away")
+    if folder.name.endswith(WEIGHT_SUFFIXES):
+        raise ValueError(
+            f"{folder} is a file's name, and this is written as a folder; leave {folder.suffix} out, or convert it to "
+            "a format that is one file (checkpoint, animatediff, kohya, peft)"
+        )
 
 
 def _replaceable(folder: Path) -> bool:
@@ -155,7 +173,7 @@ def write_named_lora(
     layout: Layout = "kohya",
 ) -> None:
     """One LoRA as a file that says what it is (ModelSpec)."""
-    layer = next(iter(lora.values()))
+    layer = next(iter(plain(lora, path).values()))
     today = date.today().isoformat()
     facts = modelspec(title=title, kind=kind, base=base, rank=layer.rank, alpha=layer.alpha, date=today)
     write_lora(lora, path, metadata=facts, dtype=dtype, layout=layout)
@@ -170,6 +188,7 @@ def load(
     image_scale: float = 1.0,
     adapters: Collection[str] | None = None,
     keep_teacher: bool = True,
+    vae: str | Path = "",
 ) -> VideoModel:
     """Load a model: "emoji" (embedded), a folder, a checkpoint of Stable Diffusion 1.x (.safetensors, .ckpt), or a
     Hugging Face id (``hub.find``). Weights are converted to ``dtype``, convolutions kept in channels-last order.
@@ -177,15 +196,16 @@ def load(
     A distilled bundle comes with its image acceleration fused at ``image_scale``; ``teacher`` loads the many-step model
     that it was distilled from: no acceleration, the teacher's temporal layers, the teacher's settings. ``adapters``
     are loaded by their names, None: all of them; without ``keep_teacher`` a distilled model's teacher is not read, and
-    not saved again. Raises ValueError where a part is missing or does not fit, naming the file.
+    not saved again. ``vae``: where the autoencoder is that takes the place of the model's own (``vae.read_vae``).
+    Raises ValueError where a part is missing or does not fit, naming the file.
     """
-    place = find(source)
+    place, other = find(source), find(vae, VAE_FILES, "autoencoder") if vae else None
     if teacher:
         _check_teacher(place, str(source))
     if place.is_file():
-        model = _from_file(place, dtype)
+        model = _from_file(place, dtype, other)
     else:
-        model = _from_folder(place, str(source), dtype, with_teacher=teacher or keep_teacher)
+        model = _from_folder(place, str(source), dtype, other, with_teacher=teacher or keep_teacher)
     model.adapters = _read_adapters(place / ADAPTERS, adapters, dtype, model)
     model.to(device)
     if teacher:
@@ -204,7 +224,7 @@ def _check_teacher(folder: Path, name: str) -> None:
         )
 
 
-def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: bool) -> VideoModel:
+def _from_folder(folder: Path, name: str, dtype: torch.dtype, vae: Path | None, *, with_teacher: bool) -> VideoModel:
     if not (folder / "unet" / "config.json").is_file():
         raise ValueError(
             f"{folder} is no model folder: unet/config.json is missing; give a diffusers folder, a checkpoint "
@@ -218,12 +238,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: b
     config, text = folder / "unet" / "config.json", folder / "text_encoder"
     model = VideoModel(
         unet=building.unet(UNetConfig.from_diffusers(read_json(config)), motion, state, dtype, str(folder / "unet")),
-        vae=building.autoencoder(
-            read_json(folder / "vae" / "config.json"),
-            read_part(folder / "vae", "diffusion_pytorch_model"),
-            dtype,
-            str(folder / "vae"),
-        ),
+        vae=_vae_of_folder(folder / "vae", dtype, vae),
         text_encoder=building.text_encoder(read_json(text / "config.json"), _read_text_state(text), dtype, str(text)),
         tokenizer=Tokenizer.from_folder(folder / "tokenizer"),
         schedule=NoiseSchedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json")),
@@ -232,6 +247,13 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype, *, with_teacher: b
     )
     _read_loras(model, folder)
     return model
+
+
+def _vae_of_folder(folder: Path, dtype: torch.dtype, other: Path | None) -> Autoencoder:
+    config = read_json(folder / "config.json") if other is None or (folder / "config.json").is_file() else {}
+    if other is not None:
+        return read_vae(other, config, dtype)
+    return building.autoencoder(config, read_part(folder, "diffusion_pytorch_model"), dtype, str(folder))
 
 
 def _read_adapters(
@@ -251,12 +273,13 @@ def _teacher_motion(folder: Path, dtype: torch.dtype) -> State:
     return {key: value.to(dtype) for key, value in state.items()}
 
 
-def _from_file(path: Path, dtype: torch.dtype) -> VideoModel:
+def _from_file(path: Path, dtype: torch.dtype, vae: Path | None) -> VideoModel:
     """A single-file checkpoint, with CLIP's tokenizer and Stable Diffusion's noise."""
-    found = read_checkpoint(path, dtype)
+    found = read_checkpoint(path, dtype, vae=vae is None)
+    own = building.autoencoder(found.vae_config, found.vae, dtype, f"{path}: vae") if vae is None else None
     return VideoModel(
         unet=building.unet(found.unet_config, None, found.unet, dtype, f"{path}: unet"),
-        vae=building.autoencoder(found.vae_config, found.vae, dtype, f"{path}: vae"),
+        vae=own or read_vae(vae, {}, dtype),
         text_encoder=building.text_encoder(found.text_config, found.text, dtype, f"{path}: text encoder"),
         tokenizer=Tokenizer.from_merges(read_merges(ASSETS / "sd15" / "merges.txt"), sd15.TOKENS),
         schedule=NoiseSchedule(beta_schedule="scaled_linear"),

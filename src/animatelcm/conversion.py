@@ -13,9 +13,20 @@ import torch
 
 from animatelcm.adapters import IMAGE
 from animatelcm.building import empty_weights, read_json, read_part
-from animatelcm.bundle import ADAPTERS, IMAGE_LORA, load, new_folder, read_facts_file, save, write_json
+from animatelcm.bundle import (
+    ADAPTERS,
+    IMAGE_LORA,
+    check_folder,
+    load,
+    new_folder,
+    read_facts_file,
+    save,
+    scheduler_of,
+    write_json,
+)
 from animatelcm.hub import find
-from animatelcm.ldm import is_checkpoint
+from animatelcm.ldm import is_checkpoint, write_checkpoint
+from animatelcm.model import VideoModel
 from animatelcm.nets import emoji, sd15
 from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
@@ -26,7 +37,7 @@ from animatelcm.weights.families import family_of
 from animatelcm.weights.files import State, read_header, read_metadata, sha256
 from animatelcm.weights.fuse import check
 from animatelcm.weights.identify import identify
-from animatelcm.weights.lora import Lora, modelspec, read_lora, write_lora
+from animatelcm.weights.lora import Lora, modelspec, plain, read_lora, write_lora
 from animatelcm.weights.motion import Layout, MotionFile, motion_modelspec, read_motion, weights_file, write_motion
 from animatelcm.weights.motion import config as motion_settings
 
@@ -46,23 +57,30 @@ class Converted:
 
 
 def convert(
-    source: str | Path, out: Path, *, to: Target, dtype: torch.dtype = torch.float16, part: str = ""
+    source: str | Path,
+    out: Path,
+    *,
+    to: Target,
+    dtype: torch.dtype = torch.float16,
+    part: str = "",
+    vae: str | Path = "",
 ) -> Converted:
     """Write what a source is (``hub.find``) in the format ``to``: a file, or a folder that appears whole or not at all.
 
     ==================  =================================================================================
     source              formats
     ==================  =================================================================================
-    model, checkpoint   "bundle", "diffusers": a model folder; "animatediff": its motion module; "kohya",
-                        "peft": its image acceleration, or the style that ``part`` names
+    model, checkpoint   "bundle", "diffusers": a model folder; "checkpoint": its base in one file, as CompVis',
+                        with nothing beside it; "animatediff": its motion module; "kohya", "peft": its image
+                        acceleration, or the style that ``part`` names
     motion module       "animatediff": a file as AnimateLCM's, without positions; "diffusers": a
                         MotionAdapter's folder
     LoRA                "kohya", "peft"; of temporal layers "animatediff" too
     ==================  =================================================================================
 
     ``part``: of a model "teacher" (the teacher's motion module), "i2v" (its motion module with its image encoder, one
-    file as AnimateLCM's image-to-video) or a style's name. Raises ValueError where a source has no such form, naming
-    those it has.
+    file as AnimateLCM's image-to-video) or a style's name. ``vae``: an autoencoder in place of the model's own
+    (``bundle.load``). Raises ValueError where a source has no such form, naming those it has.
     """
     out = Path(out)
     if to not in get_args(Target):
@@ -70,8 +88,9 @@ def convert(
     place = find(source)
     header = {} if place.is_dir() else read_header(place)
     if (place / "unet").is_dir() or is_checkpoint(header):
-        return _from_model(place, out, to, dtype, part)
+        return _from_model(place, out, to, dtype, part, vae)
     _refuse_part(place, part, to)
+    _refuse_vae(vae, str(place))
     if place.is_dir():
         return _from_motion(place, out, to, dtype)
     kind = identify(header)
@@ -82,22 +101,41 @@ def convert(
     raise ValueError(f"{place} is {kind}, which converts into nothing; give a model, a motion module or a LoRA")
 
 
-def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: str) -> Converted:
-    """A model's folder or checkpoint: as a folder, or one of its parts as a file."""
+def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: str, vae: str | Path) -> Converted:
+    """A model's folder or checkpoint: as a folder or one file, or one of its parts as a file."""
     if to in ("bundle", "diffusers"):
         _refuse_part(place, part, to)
-        model = load(place, dtype=dtype, image_scale=0.0)
-        fast = model.facts.sampler == "lcm" and to == "diffusers"
-        save(model, out, dtype, scheduler="LCMScheduler" if fast else "DDIMScheduler")
+        check_folder(out)
+        model = load(place, dtype=dtype, image_scale=0.0, vae=vae)
+        save(model, out, dtype, scheduler=scheduler_of(model) if to == "diffusers" else "DDIMScheduler")
         return Converted(path=out, kind=f"model folder ({to})")
+    if to == "checkpoint":
+        _refuse_part(place, part, to)
+        _check_file(out)
+        model = load(place, dtype=dtype, image_scale=0.0, adapters=(), keep_teacher=False, vae=vae)
+        write_checkpoint(model, out, dtype)
+        return Converted(path=out, kind=f"checkpoint (LDM's keys){_left_out(model)}", sha256=sha256(out))
+    _refuse_vae(vae, repr(to))
     if to == "animatediff":
         return _motion_of_model(place, out, dtype, part)
     file = place / (Path("styles") / f"{part}.safetensors" if part else IMAGE_LORA)
     if not file.is_file():
         styles = sorted(path.stem for path in (place / "styles").glob("*.safetensors"))
         wanted = f"style {part!r}" if part else "image acceleration"
-        raise ValueError(f"{place} has no {wanted}; its styles are: {', '.join(styles) or 'none'}")
+        fused = "" if styles else " (what was fused is in its weights: --to checkpoint)"
+        raise ValueError(f"{place} has no {wanted}; its styles are: {', '.join(styles) or 'none'}{fused}")
     return _from_lora(file, out, to, dtype)
+
+
+def _left_out(model: VideoModel) -> str:
+    """What of a model is not in its checkpoint, and how it becomes a file of its own: the end of a sentence."""
+    parts = {
+        "temporal layers (--to animatediff)": model.unet.motion is not None,
+        "image acceleration (--to kohya)": bool(model.image_lora),
+        "styles (--to kohya --part NAME)": bool(model.styles),
+    }
+    left = [name for name, there in parts.items() if there]
+    return f" without {', '.join(left)}" if left else ""
 
 
 def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> Converted:
@@ -145,6 +183,7 @@ def _from_motion(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Conv
         return _write_motion_file(out, found, dtype, said)
     if to != "diffusers":
         raise ValueError(f"{place} is a motion module, which has no form {to!r}; choose animatediff or diffusers")
+    check_folder(out)
     config = motion_settings(found) | dict(said.motion)
     with new_folder(out) as unfinished:
         write_motion(
@@ -196,7 +235,7 @@ def _from_lora(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Conver
         raise ValueError(f"{place} is a LoRA, which has no form {to!r}; choose kohya, peft or animatediff")
     _check_file(out)
     lora, base = _read_any_lora(place)
-    layer = next(iter(lora.values()))
+    layer = next(iter(plain(lora, place).values()))
     said = {key: text for key, text in read_metadata(place).items() if key not in OF_THE_FILE}
     facts = modelspec(
         title=said.get("modelspec.title", place.stem),
@@ -250,3 +289,11 @@ def _check_file(out: Path) -> None:
 def _refuse_part(place: Path, part: str, to: str) -> None:
     if part:
         raise ValueError(f"{place}: part {part!r} does not go with {to!r}")
+
+
+def _refuse_vae(vae: str | Path, other: str) -> None:
+    if vae:
+        raise ValueError(
+            f"an autoencoder ({vae}) goes into a model that is written as bundle, diffusers or checkpoint, not into "
+            f"{other}; leave it out"
+        )

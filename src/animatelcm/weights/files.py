@@ -307,8 +307,9 @@ def _load_pickle(path: Path, file: BinaryIO) -> State:
 def _tensors(loaded: object, size: int) -> State:
     """The tensors of a loaded object by name: dense and on the CPU, since a checked pickle can build no others."""
     entries = loaded if isinstance(loaded, dict) else {}
-    if isinstance(entries.get("state_dict"), dict):
-        entries = entries["state_dict"]
+    for place in ("state_dict", "string_to_param"):  # the latter in textual inversions of A1111's
+        if isinstance(entries.get(place), dict):
+            entries = entries[place]
     found = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     if not found:
         raise ValueError("has no tensors by name, at its top or in state_dict; give a file of weights")

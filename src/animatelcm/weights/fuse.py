@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from animatelcm.weights.files import State
-from animatelcm.weights.lora import Lora, LoraLayer
+from animatelcm.weights.lora import Layer, Lora
 
 
 def fused(base: Mapping[str, Tensor], parts: Sequence[tuple[Lora, float]]) -> State:
@@ -37,7 +37,7 @@ def sums(base: Mapping[str, Tensor], parts: Sequence[tuple[Lora, float]]) -> Ite
 
 
 @torch.no_grad()
-def _sum(weight: Tensor, layers: Iterable[tuple[LoraLayer, float]]) -> Tensor:
+def _sum(weight: Tensor, layers: Iterable[tuple[Layer, float]]) -> Tensor:
     total = weight.to(torch.float32, copy=True)
     for layer, scale in layers:
         total.add_(layer.to(weight.device).delta(weight.shape), alpha=scale)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from animatelcm.weights.controlnet import ControlKind, control_base, control_kind
+from animatelcm.weights.embeddings import BASES, is_embedding
 from animatelcm.weights.families import FAMILIES, TEXT_WIDTHS
 from animatelcm.weights.files import TensorInfo
 from animatelcm.weights.keys import MOTION, TEMPORAL, WRAPPED, is_positions
@@ -78,8 +79,12 @@ class FileKind:
     text_encoder: bool = False
     text_width: int | None = None
     """Numbers per text token that cross-attention takes."""
+    latents: int | None = None
+    """Channels that an autoencoder's latents have."""
     base: str = ""
     """Of a ControlNet or T2I-Adapter the models that it stands beside, where names or shapes tell."""
+    vectors: int | None = None
+    """What a textual inversion puts in place of its word."""
 
     @property
     def is_adapter(self) -> bool:
@@ -101,10 +106,14 @@ class FileKind:
             f"{self.modules} modules": self.modules,
             f"rank {' to '.join(str(rank) for rank in sorted({*self.ranks[:1], *self.ranks[-1:]}))}": self.ranks,
             f"{self.rows} positions": self.rows is not None,
+            f"{self.vectors} vector{'s' * (self.vectors != 1)}": self.vectors is not None,
+            f"{self.latents} latent channels": self.latents,
             _count(self.parameters): True,
             **{f"with {name}": there for name, there in kept},
             "with averaged copies": self.ema,
             "goes in as --adapter KIND=FILE": self.is_adapter,
+            "goes in as --vae FILE": self.kind == "vae" and self.latents == 4,
+            "goes in as --embedding FILE": self.kind == "embedding" and self.text_width == 768,
         }
         return [text for text, there in found.items() if there]
 
@@ -140,7 +149,9 @@ def identify(header: Mapping[str, TensorInfo]) -> FileKind:
         text_encoder=kind != "text_encoder" and _has_text_encoder(heads),
         text_width=next((width for key, info in tensors.items() if (width := _text_width(key, info.shape))), None),
     )
-    found = replace(found, base=control_base(kind, tensors, found.text_width))
+    found = replace(
+        found, base=control_base(kind, tensors, found.text_width), latents=_latents(tensors) if kind == "vae" else None
+    )
     return _with_family(found, tensors, downs)
 
 
@@ -171,6 +182,13 @@ def _text_width(key: str, shape: tuple[int, ...]) -> int:
     return shape[1] if key.endswith("to_k.weight") or dialect(key) else 0
 
 
+def _latents(tensors: Mapping[str, TensorInfo]) -> int | None:
+    """Channels that an autoencoder's decoder takes; None where its file does not show them."""
+    names = ("decoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight")
+    shape = next((tensors[name].shape for name in names if name in tensors), ())
+    return shape[1] if len(shape) == 4 else None
+
+
 def _lora_kind(downs: list[str], other: str) -> tuple[Kind, Layout]:
     """By the first layer, and by the name of what else than a plain LoRA is in the file."""
     layout: Layout = "lycoris" if other else (dialect(downs[0]) or "")
@@ -197,7 +215,7 @@ def _kind(keys: Mapping[str, TensorInfo], heads: set[str], motion: list[str]) ->
     return _other_kind(keys, heads)
 
 
-def _other_kind(keys: Collection[str], heads: set[str]) -> tuple[Kind, Layout]:
+def _other_kind(keys: Mapping[str, TensorInfo], heads: set[str]) -> tuple[Kind, Layout]:
     """An autoencoder, a text encoder, or what is none of ours."""
     starts = {".".join(key.split(".", 2)[:2]) for key in keys}
     if "first_stage_model" in heads or {"encoder.down", "decoder.up"} & starts:
@@ -208,7 +226,7 @@ def _other_kind(keys: Collection[str], heads: set[str]) -> tuple[Kind, Layout]:
         return "text_encoder", "ldm"
     if {"text_model.embeddings", "embeddings.token_embedding"} & starts:
         return "text_encoder", "diffusers"
-    if heads & {"emb_params", "string_to_param"}:
+    if is_embedding(keys):
         return "embedding", ""
     return "unknown", ""
 
@@ -218,6 +236,11 @@ def _with_family(found: FileKind, tensors: Mapping[str, TensorInfo], downs: list
         return replace(found, family=_motion_family(found, any(key.startswith("down_blocks.3.") for key in tensors)))
     if found.kind == "motion_lora":
         return replace(found, family="animatediff-v2" if found.mid_block and found.layout == "animatediff" else "")
+    if found.kind == "embedding":
+        shapes = [info.shape for info in tensors.values()]
+        width = max(shape[-1] for shape in shapes)
+        sizes = {"vectors": math.prod(shapes[0][:-1]), "parameters": sum(map(math.prod, shapes))}
+        return replace(found, text_width=width, base=BASES.get(width, ""), **sizes)
     if found.kind == "lora":
         return replace(found, family=_lora_family(found, downs))
     if found.kind in ("checkpoint", "unet"):

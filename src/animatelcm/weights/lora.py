@@ -1,4 +1,4 @@
-"""LoRA files: the low-rank changes that they hold, read from every dialect of Stable Diffusion 1.5's users.
+"""LoRA files: the changes of weights that they hold, read from every dialect of Stable Diffusion 1.5's users.
 
 A module path is "<part>.<name>", part "unet" or "text_encoder": a parameter's name without its ".weight".
 """
@@ -30,6 +30,7 @@ from animatelcm.weights.lora_keys import (
     parse,
     peft_name,
 )
+from animatelcm.weights.lycoris import ProductLayer, take_products
 
 Layout = Literal["kohya", "peft", "animatediff"]
 
@@ -69,26 +70,31 @@ class LoraLayer:
         return (self.alpha / self.rank * product).reshape(tuple(shape))
 
 
-Lora = dict[str, LoraLayer]
+Layer = LoraLayer | ProductLayer
+Lora = dict[str, Layer]
 """Module path -> what is added there."""
 
 
 def read_lora(path: Path, modules: Iterable[str]) -> Lora:
     """The LoRA of a file for a model with these module paths; tensors as stored, on the CPU.
 
-    Reads kohya's dialect, also with LDM's blocks, PEFT's, diffusers' old and new ones, ComfyUI's, and AnimateDiff's of
-    motion LoRAs and domain adapters. The alpha is the file's, else that of PEFT's settings, else the rank. Raises
-    ValueError with the file and its first key that is of another kind of network, else the first that is for no module
-    of the model, no part of a LoRA, incomplete, or not made of finite numbers.
+    Reads kohya's dialect, also with LDM's blocks, PEFT's, diffusers' old and new ones, ComfyUI's, AnimateDiff's of
+    motion LoRAs and domain adapters, and LyCORIS' LoHa and LoKr. The alpha is the file's, else that of PEFT's settings,
+    else the rank. Raises ValueError with the file and its first key that is of another kind of network, else the first
+    that is for no module of the model, no part of a LoRA, incomplete, or not made of finite numbers.
     """
     state, known = read_state(path), names(modules)
+    products = take_products(path, state, known)
     keys = {key: parsed for key in sorted(state) if (parsed := parse(key))}
-    _check(path, state, keys, known)
+    if state or not products:
+        _check(path, state, keys, known)
     alphas = {parsed.name: state[key].item() for key, parsed in keys.items() if parsed.role == "alpha"}
     settings = lora_peft.read_settings(path)
-    lora: Lora = {}
+    lora: Lora = dict(products)
     for key, parsed in keys.items():
         if parsed.role == "down":
+            if known[parsed.name] in products:
+                raise ValueError(f"{path}: {key} is the second change of {known[parsed.name]}; keep one of them")
             module, down, up = known[parsed.name], state[key], state[parsed.stem + parsed.other]
             alpha = alphas.get(parsed.name)
             if alpha is None and not parsed.stem.startswith("lora_"):
@@ -98,7 +104,7 @@ def read_lora(path: Path, modules: Iterable[str]) -> Lora:
 
 
 def write_lora(
-    lora: Mapping[str, LoraLayer],
+    lora: Mapping[str, Layer],
     path: Path,
     *,
     metadata: Mapping[str, str],
@@ -115,7 +121,7 @@ def write_lora(
     """
     assert lora, "a LoRA without layers"
     state: State = {}
-    for module, layer in sorted(lora.items()):
+    for module, layer in sorted(plain(lora, path).items()):
         if not math.isfinite(layer.alpha):
             raise ValueError(f"{path}: the alpha of {module} is {layer.alpha}, which is not finite; nothing is written")
         if layout == "animatediff" and not animatediff_name(module):
@@ -135,6 +141,15 @@ def write_lora(
             {module: (layer.rank, layer.alpha) for module, layer in lora.items()}
         )
     write_safetensors(state, path, facts | _hashes(state))
+
+
+def plain(lora: Mapping[str, Layer], path: Path) -> dict[str, LoraLayer]:
+    """The same LoRA, whose layers are all of low rank. Raises ValueError where one is not, and has no form as such."""
+    if other := next((layer for layer in lora.values() if not isinstance(layer, LoraLayer)), None):
+        raise ValueError(
+            f"{path}: a {other.kind} has no form as a LoRA of low rank; keep its file, or fuse it into a model"
+        )
+    return dict(lora)
 
 
 def modelspec(*, title: str, kind: str, base: str, rank: int, alpha: float, date: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from animatelcm.weights.keys import is_motion, to_animatediff, to_diffusers
+from animatelcm.weights.ldm_keys import ldm_unet
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 """How kohya's names of a part's modules begin; dots become underscores after it."""
@@ -55,6 +56,9 @@ METHOD_WORDS = {
 }
 """Changes of weights that are stored like a LoRA and are none: how a key ends or what it holds, and their name."""
 
+PRODUCTS = ("LoHa", "LoKr")
+"""Those of them that are read (``lycoris``)."""
+
 _OTHER = FACTORS | {up: down for down, up in FACTORS.items()}
 _FACTOR_ENDS = tuple(_OTHER)
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|base_model\.model)\.")
@@ -81,32 +85,15 @@ _RENAMES = (
 _INVERSION = re.compile(r"^(emb_params|clip_[lg])$|^bundle_emb\.|string_to_param")
 _ENDS = tuple(METHOD_ENDS)
 
-_LDM_PLACES = {
-    **{f"down_blocks_{i}_resnets_{j}": f"input_blocks_{3 * i + j + 1}_0" for i in range(4) for j in range(2)},
-    **{f"down_blocks_{i}_attentions_{j}": f"input_blocks_{3 * i + j + 1}_1" for i in range(3) for j in range(2)},
-    "mid_block_resnets_0": "middle_block_0",
-    "mid_block_attentions_0": "middle_block_1",
-    "mid_block_resnets_1": "middle_block_2",
-    **{f"up_blocks_{i}_resnets_{j}": f"output_blocks_{3 * i + j}_0" for i in range(4) for j in range(3)},
-    **{f"up_blocks_{i}_attentions_{j}": f"output_blocks_{3 * i + j}_1" for i in range(1, 4) for j in range(3)},
+_SD15 = {
+    *(f"down_blocks.{i}.resnets.{j}" for i in range(4) for j in range(2)),
+    *(f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)),
+    *("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
+    *(f"up_blocks.{i}.resnets.{j}" for i in range(4) for j in range(3)),
+    *(f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)),
 }
-"""Where Stable Diffusion 1.5's blocks are: diffusers' words -> LDM's. Another topology has other numbers."""
-_LDM_LAYERS = {
-    "conv_in": "input_blocks_0_0",
-    "conv_out": "out_2",
-    "time_embedding_linear_1": "time_embed_0",
-    "time_embedding_linear_2": "time_embed_2",
-    **{f"down_blocks_{i}_downsamplers_0_conv": f"input_blocks_{3 * i + 3}_0_op" for i in range(3)},
-    "up_blocks_0_upsamplers_0_conv": "output_blocks_2_1_conv",
-    **{f"up_blocks_{i}_upsamplers_0_conv": f"output_blocks_{3 * i + 2}_2_conv" for i in (1, 2)},
-}
-_LDM_RESNET = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
-    "conv_shortcut": "skip_connection",
-}
-_PLACE = re.compile(r"((?:down_blocks_\d+|mid_block|up_blocks_\d+)_(?:resnets|attentions)_\d+)_(.+)")
+"""The blocks of Stable Diffusion 1.5. Another topology has other numbers in LDM."""
+_PLACE = re.compile(r"((?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(?:resnets|attentions)\.\d+)\..+")
 _PROJECTION = re.compile(r"(.+\.(?:attn[12]|attention_blocks\.[01]))\.(to_[qkv]|to_out)(?:\.0)?")
 
 
@@ -139,10 +126,10 @@ def parse(key: str) -> Key | None:
 
 def foreign(key: str) -> str:
     """Why a tensor of another kind of network is not read, as the rest of a sentence; empty for any other tensor."""
-    if kind := method(key):
+    if (kind := method(key)) and kind not in PRODUCTS:
         advice = "merge it into a checkpoint with the tool that made it, or take a plain LoRA"
     elif _INVERSION.search(key):
-        kind, advice = "textual inversion", "take a LoRA"
+        kind, advice = "textual inversion", "give it as --embedding FILE"
     else:
         return ""
     return f"is part of another kind of network ({kind}), which is not read; {advice}"
@@ -235,17 +222,8 @@ def _joined(part: str, path: str) -> str:
 
 def _ldm_names(known: Mapping[str, str]) -> dict[str, str]:
     """LDM's name in kohya's words -> module path; {} where the blocks are not Stable Diffusion 1.5's."""
-    prefix = PREFIXES["unet"]
-    paths = {name.removeprefix(prefix): module for name, module in known.items() if name.startswith(prefix)}
-    if {match[1] for match in map(_PLACE.fullmatch, paths) if match} != _LDM_PLACES.keys():
+    paths = [module.removeprefix("unet.") for module in known.values() if module.startswith("unet.")]
+    if {match[1] for match in map(_PLACE.fullmatch, paths) if match} != _SD15:
         return {}
-    return {prefix + ldm: module for path, module in paths.items() if (ldm := _ldm_path(path))}
-
-
-def _ldm_path(path: str) -> str:
-    """LDM's name of a module of the UNet, both with underscores; empty where it has none."""
-    match = _PLACE.fullmatch(path)
-    if match is None:
-        return _LDM_LAYERS.get(path, "")
-    layer = _LDM_RESNET.get(match[2], "") if "_resnets_" in path else match[2]
-    return f"{_LDM_PLACES[match[1]]}_{layer}" if layer else ""
+    ldm = {path: ldm_unet(f"{path}.weight").removesuffix(".weight") for path in paths}
+    return {PREFIXES["unet"] + name.replace(".", "_"): f"unet.{path}" for path, name in ldm.items() if name}
