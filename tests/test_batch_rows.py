@@ -57,6 +57,17 @@ def test_a_row_sets_any_field_and_comes_before_what_holds_for_all(tmp_path):
         assert second.request == SampleRequest(prompt="a cat", num_inference_steps=5, spacing="trailing", seed=1)
 
 
+def test_a_size_is_width_and_height(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,size\na fox,32x48\na cat,\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a fox", "size": "32x48"}\n{"prompt": "a cat", "size": null}\n')
+    for kind in ("csv", "jsonl"):
+        rows = batch.read_rows(tmp_path / f"a.{kind}", settings=("size=64x96",))
+        assert [(row.request.width, row.request.height) for row in rows] == [(32, 48), (64, 96)]
+    (tmp_path / "a.csv").write_text("prompt,width\na fox,32\n")
+    (row,) = batch.read_rows(tmp_path / "a.csv", settings=("size=64x96",))
+    assert (row.request.width, row.request.height) == (32, 96)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "settings", "named"),
     [
@@ -66,6 +77,9 @@ def test_a_row_sets_any_field_and_comes_before_what_holds_for_all(tmp_path):
         ("a.txt", "a fox", ("steps",), "'steps' is not NAME=VALUE"),
         ("a.txt", "a fox", ("steps=0",), "num_inference_steps=0"),
         ("a.txt", "a fox", ("steps=few",), "steps='few' is not a whole number"),
+        ("a.txt", "a fox", ("size=big",), "size 'big' is not WIDTHxHEIGHT"),
+        ("a.txt", "a fox", ("size=8x8", "width=8"), "size is width and height"),
+        ("a.txt", "a fox", ("seed=-1",), "seed=-1 draws another one each time"),
         ("a.txt", "\n \n", (), "holds no prompts"),
         ("a.md", "a fox", (), "no file of prompts"),
         ("a.txt", b"\xff\xfe", (), "as UTF-8 txt"),
@@ -76,6 +90,8 @@ def test_what_is_wrong_with_all_rows_is_a_sentence(name, text, settings, named, 
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=re.escape(named)):
         batch.read_rows(path, settings=settings)
+    with pytest.raises(ValueError, match="seed=-1 draws"):
+        batch.read_rows(path, seed=-1)
 
 
 def test_a_bad_row_is_recorded_and_stops_no_other(go, tmp_path):
@@ -86,6 +102,9 @@ def test_a_bad_row_is_recorded_and_stops_no_other(go, tmp_path):
         ('{"prompt": "a", "steps": true}', "steps=True is not a whole number"),
         ('{"prompt": "a", "steps": 1, "num_inference_steps": 2}', "are one setting"),
         ('{"prompt": 3}', "prompt=3 is not text"),
+        ('{"prompt": "a", "seed": -1}', "seed=-1 draws another one each time"),
+        ('{"prompt": "a", "size": 64}', "size=64 is not text"),
+        ('{"prompt": "a", "size": "64"}', "size '64' is not WIDTHxHEIGHT"),
         ('{"prompt": "a", "control": "nonsense"}', "'nonsense' is not KIND=FILE"),
         ('{"prompt": "a", "width": 60}', "width=60 is not a multiple"),
         ('{"prompt": "a", "n": 2}', "a row is one video"),

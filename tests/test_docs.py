@@ -12,12 +12,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_python_runs(capsys, monkeypatch):
+def test_the_readmes_python_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "(16, 64, 64, 3) 8.0 4"  # as its comment says
     assert len(lines) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["fox.mp4"]
 
 
 def test_the_readmes_commands_parse(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from animatelcm.hub import MOTION_FILES, find
+from animatelcm.hub import ASSETS, MOTION_FILES, find
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -62,7 +62,7 @@ def test_temporal_layers_of_a_repository_are_found(cache):
         ("./no/such/folder", ["./no/such/folder"]),
         ("/no/such/file.safetensors", ["/no/such/file.safetensors"]),
         ("nothing", ["nothing"]),
-        ("models/mistyped.ckpt", ["models/mistyped.ckpt", "existing file"]),
+        ("owner/mistyped.ckpt", ["owner/mistyped.ckpt", "existing file"]),
         ("https://huggingface.co/owner/lora/blob/x.safetensors", ["owner/lora"]),
     ],
 )
@@ -72,3 +72,57 @@ def test_what_is_missing_is_named(cache, source, named):
         find(source)
     assert all(name in str(error.value) for name in named)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", asked)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "here/Stable-diffusion/rv.safetensors",
+        "here/rv",
+        "models/Stable-diffusion/rv.safetensors",
+        "my models/Stable-diffusion/rv.safetensors",
+        "my/model (1)/rv.safetensors",
+        "./rv/x.safetensors",
+        "../rv/x.safetensors",
+        "~/rv/x.safetensors",
+        "~nobody-of-that-name/rv/x.safetensors",
+    ],
+)
+def test_a_path_is_never_looked_for_on_the_hub(source, no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    with pytest.raises(ValueError, match=r"LoRA .*there is no such file or folder; give one that exists") as error:
+        find(source, what="LoRA")
+    assert "network" not in str(error.value)
+
+
+def test_a_name_that_may_be_one_is_looked_for_on_the_hub(no_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in ("owner/name", "owner/name/x.safetensors", "https://huggingface.co/owner/name"):
+        with pytest.raises(AssertionError, match="the hub was asked"):
+            find(source)
+
+
+def test_home_is_where_a_tilde_points(no_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    assert find("~/x.safetensors") == tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match=str(tmp_path / "y.safetensors")):
+        find("~/y.safetensors")
+
+
+def test_what_is_missing_is_called_what_it_is(no_hub):
+    assert find("emoji") == ASSETS / "emoji" / "model"
+    with pytest.raises(ValueError, match=r"no model 'nofile\.ckpt': give 'emoji', an existing"):
+        find("nofile.ckpt")
+    with pytest.raises(ValueError, match=r"no motion module 'nofile\.ckpt': give an existing"):
+        find("nofile.ckpt", MOTION_FILES, "motion module")

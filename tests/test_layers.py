@@ -16,8 +16,10 @@ ROWS = [
     {
         "config",
         "request",
+        "prompts",
         "model",
         "building",
+        "vae",
         "tokenizer",
         "ldm",
         "fusion",
@@ -41,7 +43,19 @@ ROWS = [
         "pipeline",
         "batch",
     },
-    {"recipes", "checkpoint", "planning", "stages", "training", "log", "bench", "reproduce"},
+    {
+        "recipes",
+        "checkpoint",
+        "counting",
+        "planning",
+        "processes",
+        "stages",
+        "sources",
+        "training",
+        "log",
+        "bench",
+        "reproduce",
+    },
     {"cli", "verbs", "measuring", "evaluating", "terminal", "server", "ui", "cluster", "__main__"},
 ]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from animatelcm import images, request
 from animatelcm.model import Facts
-from animatelcm.request import ControlSource, ModelSource, SampleRequest, command
+from animatelcm.request import ControlSource, ModelSource, SampleRequest, command, parse_size, recipe, unused
 
 FACTS = Facts(name="x", width=64, height=64, num_frames=16, num_inference_steps=25, guidance_scale=4.0)
 
@@ -42,7 +42,9 @@ def test_a_split_asks_for_the_same_videos(total, most, seed):
         ("guidance_scale", 0.5),
         ("guidance_scale", float("nan")),
         ("sampler", "euler"),
-        ("seed", -1),
+        ("seed", -2),
+        ("fps", 0),
+        ("fps", float("nan")),
         ("motion_scale", -0.1),
         ("motion_scale", float("nan")),
         ("colour_match", 1.1),
@@ -203,3 +205,71 @@ def test_what_does_not_steer_needs_no_words():
 
 def test_a_picture_is_fitted_as_requests_say():
     assert get_args(request.Fit) == get_args(images.Fit)
+
+
+def test_a_seed_of_minus_one_is_drawn_once():
+    asked = SampleRequest(prompt="a", seed=-1, num_videos_per_prompt=3)
+    drawn = [asked.resolved(FACTS) for _ in range(20)]
+    assert len({full.seed for full in drawn}) > 15
+    assert all(0 <= full.seed < 2**32 for full in drawn)
+    assert all(full.resolved(FACTS) == full for full in drawn)
+    words = shlex.split(command(drawn[0], ModelSource()))
+    assert words[words.index("--seed") + 1] == str(drawn[0].seed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "needs"),
+    [
+        ("negative_prompt", "a cat", {"guidance_scale": 2.0}),
+        ("motion_scale", 0.5, {"image": "a.png"}),
+        ("fit", "pad", {"image": "a.png"}),
+        ("colour_match", 0.5, {"image": "a.png"}),
+        ("strength", 0.3, {"video": "a.mp4"}),
+        ("spacing", "trailing", {"sampler": "dpm++"}),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_said_and_one_that_does_is_not(field, value, needs):
+    plain = {"prompt": "a", "guidance_scale": 1.0, "sampler": "lcm"}
+    assert unused(SampleRequest(**plain).resolved(FACTS)) == []
+    (said,) = unused(SampleRequest(**plain, **{field: value}).resolved(FACTS))
+    assert said.startswith(f"{field} changes nothing")
+    assert unused(SampleRequest(**{**plain, **needs, field: value}).resolved(FACTS)) == []
+
+
+def test_pixels_of_no_file_count_as_a_picture_and_as_a_video():
+    asked = SampleRequest(prompt="a", motion_scale=0.5, strength=0.3).resolved(FACTS)
+    assert len(unused(asked)) == 2
+    assert [said.split()[0] for said in unused(asked, image=True)] == ["strength"]
+    assert unused(asked, image=True, video=True) == []
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt", "image", "video"])
+@pytest.mark.parametrize("text", ["-fox", "--steps", "-1", "- a fox", "--"])
+def test_a_command_says_what_begins_as_flags_do(name, text):
+    from animatelcm.verbs import _sized
+
+    if name in ("image", "video"):
+        text = f"{text}.webp"
+    request = SampleRequest(**{"prompt": "a", name: text}).resolved(FACTS)
+    again = _parsed(shlex.split(command(request, ModelSource(), "fp16"))[2:])
+    assert _sized(again.request, again.size).resolved(FACTS) == request
+    assert again.precision == "fp16"
+
+
+def test_a_recipe_says_the_numbers_that_were_computed_with_where_they_are_known():
+    request = SampleRequest(prompt="a").resolved(FACTS)
+    assert recipe(request, ModelSource(), "1", "bf16")["precision"] == "bf16"
+    assert "precision" not in recipe(request, ModelSource(), "1")
+    assert "--precision" not in recipe(request, ModelSource(), "1")["command"]
+
+
+@given(st.integers(1, 9999), st.integers(1, 9999))
+@settings(deadline=None)
+def test_a_size_is_width_and_height(width, height):
+    assert parse_size(f"{width}x{height}") == parse_size(f"{width}X{height}") == (width, height)
+
+
+@pytest.mark.parametrize("text", ["", "64", "x64", "64x", "64x64x64", "-1x2", "6.5x8", "64 64"])
+def test_a_size_that_is_none_is_a_sentence(text):
+    with pytest.raises(ValueError, match="is not WIDTHxHEIGHT"):
+        parse_size(text)

@@ -134,6 +134,10 @@ def test_chunks_that_are_no_video_leave_no_file(tmp_path, container, chunks, cou
     ("change", "said"),
     [
         ({"path": "a.mov"}, "choose .mp4"),
+        ({"path": "a.png"}, "cannot write 2 frames as 'a.png'"),
+        ({"path": "a.JPG"}, "cannot write 2 frames as 'a.JPG'"),
+        ({"path": "\u00e4" * 99 + ".mp4"}, "has 202 bytes"),
+        ({"quality": 80, "path": "a.png", "frames": smooth(1, 16, 16)}, "take none"),
         ({"fps": 0}, "0 < fps"),
         ({"fps": 60, "path": "a.gif"}, "fps <= 50"),
         ({"quality": 101}, "0..100"),
@@ -150,3 +154,31 @@ def test_what_cannot_be_written_is_said(tmp_path, change, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         video.write(arguments.pop("frames"), tmp_path / arguments.pop("path"), **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".PNG"])
+def test_one_frame_is_a_picture_with_words(tmp_path, suffix):
+    path = video.write(frames := smooth(1, 15, 17), tmp_path / f"a{suffix}", fps=8, metadata=WORDS)
+    assert path.name == f"a{suffix}"
+    assert np.abs(video.read_image(path).astype(int) - frames[0]).max() <= (0 if suffix.lower() == ".png" else 24)
+    assert video.probe(path) == video.Header(1, None, WORDS)
+    with pytest.raises(ValueError, match="exists already"):
+        video.check_path(path, num_frames=1)
+    with pytest.raises(ValueError, match="cannot write a video as"):
+        video.check_path(tmp_path / f"b{suffix}")
+
+
+def test_home_is_where_a_tilde_points(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert video.write(smooth(2, 16, 16), "~/a.mp4", fps=8) == tmp_path / "a.mp4"
+    assert len(video.read("~/a.mp4").frames) == video.probe("~/a.mp4").num_frames == 2
+    assert video.write_image(noise(8, 8, 3), "~/a.png") == tmp_path / "a.png"
+    assert np.array_equal(video.read_image("~/a.png"), noise(8, 8, 3))
+
+
+def test_the_longest_name_can_be_written_and_kept_beside(tmp_path):
+    path = tmp_path / ("a" * (video.LONGEST_NAME - 4) + ".mp4")
+    video.write(smooth(2, 16, 16), path, fps=8)
+    (tmp_path / (path.stem + ".latents.safetensors")).write_bytes(b"")
+    with pytest.raises(ValueError, match="has 201 bytes"):
+        video.check_path(path.with_name("a" + path.name))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from animatelcm import building
-from animatelcm.adapters import IMAGE, Beside, built, read_file
+from animatelcm.adapters import IMAGE, WEIGHTS, Beside, built, read_file
 from animatelcm.adapters import read as read_adapter
 from animatelcm.bundle import ADAPTERS, load
 from animatelcm.condition import lacking
@@ -22,6 +22,7 @@ from animatelcm.model import VideoModel
 from animatelcm.nets.image_encoder import ImageEncoderConfig
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.request import ModelSource
+from animatelcm.weights.embeddings import read_embedding
 from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.families import Family, family_of
 from animatelcm.weights.files import State, find_copy, read_header, read_state
@@ -33,9 +34,19 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
 LOG = logging.getLogger(__name__)
-TINY = "madebyollin/taesd"
+TINY, TINY_CLASS = "madebyollin/taesd", "AutoencoderTiny"
 FAST_LORAS = ("lcm-lora",)
 """Families of LoRAs that change how a model is sampled."""
+EMBEDDING_FILES = ["learned_embeds.safetensors", "learned_embeds.bin"]
+FLAGS = {
+    "checkpoint": "--model FILE",
+    "motion": "--motion FILE",
+    "controlnet": "--adapter KIND=FILE",
+    "t2i_adapter": "--adapter KIND=FILE",
+    "vae": "--vae FILE",
+    "embedding": "--embedding FILE",
+}
+"""What takes a file that is no LoRA."""
 
 
 def load_sum(
@@ -55,10 +66,16 @@ def load_sum(
     Raises ValueError where a part is missing or does not fit, and where ``image_scale`` has nothing to scale.
     """
     model = load(
-        source.model, dtype=dtype, teacher=source.teacher, image_scale=0.0, adapters=adapters, keep_teacher=keep
+        source.model,
+        dtype=dtype,
+        teacher=source.teacher,
+        image_scale=0.0,
+        adapters=adapters,
+        keep_teacher=keep,
+        vae=source.vae,
     )
     if source.motion:
-        model = with_temporal_layers(model, find(source.motion, MOTION_FILES))
+        model = with_temporal_layers(model, find(source.motion, MOTION_FILES, "motion module"))
         if model.facts.sampler != "lcm":
             model.image_lora = {}  # it was made for temporal layers of few steps
     accelerated = bool(model.image_lora) and not source.teacher
@@ -68,7 +85,7 @@ def load_sum(
         model.facts = replace(model.facts, num_frames=1)
         LOG.info("%s has no temporal layers: it draws images; add --motion for videos", source.model)
     for name, place in source.adapters().items():
-        model.adapters[name] = _adapter(model, name, find(place, ADAPTER_FILES), dtype)
+        model.adapters[name] = _adapter(model, name, find(place, ADAPTER_FILES, "adapter"), dtype)
     for name in sorted(set(adapters or ()) - model.adapters.keys()):
         own = {path.parent.name for path in (find(source.model) / ADAPTERS).glob("*/config.json")}
         raise lacking(name, model.adapters.keys() | own - {name})
@@ -76,10 +93,10 @@ def load_sum(
     for style, _ in styles:
         _settle(model, style)
     _override(model, source)
+    model.embeddings = _embeddings(model, source)
     if source.decoder:
-        model.decoder = _decoder(
-            model, find(TINY if source.decoder == "tiny" else source.decoder, ADAPTER_FILES), dtype
-        )
+        place = find(TINY if source.decoder == "tiny" else source.decoder, ADAPTER_FILES, "decoder")
+        model.decoder = _decoder(model, place, dtype)
     model.to(device)
     if styles or accelerated:
         fuse(model, style=styles, image=source.image_scale if accelerated else None, keep=keep)
@@ -90,12 +107,31 @@ def _place(model: VideoModel, name: str) -> str | Path:
     """A LoRA's file, in a folder or on the hub too; of the model's own styles the name."""
     if name in model.styles or ("/" not in name and not Path(name).exists()):
         return name
-    place = find(name, LORA_FILES)
-    if place.is_file():
-        return place
-    if file := next((place / file for file in LORA_FILES if (place / file).is_file()), None):
-        return file
-    raise ValueError(f"{place} holds no LoRA ({', '.join(LORA_FILES[:2])}); name its file")
+    place = find(name, LORA_FILES, "LoRA")
+    files = [place] if place.is_file() else [place / file for file in LORA_FILES if (place / file).is_file()]
+    if not files:
+        raise ValueError(f"{place} holds no LoRA ({', '.join(LORA_FILES[:2])}); name its file")
+    kind = identify(read_header(files[0]))
+    if flag := FLAGS.get(kind.kind):
+        raise ValueError(f"{files[0]} is {kind}, and --lora takes a LoRA; give it as {flag}")
+    return files[0]
+
+
+def _embeddings(model: VideoModel, source: ModelSource) -> dict[str, Tensor]:
+    """Textual inversions by their words. Raises ValueError where two have one, or the model takes other vectors."""
+    found: dict[str, Tensor] = {}
+    width, room = model.text_encoder.config.hidden_size, model.tokenizer.model_max_length - 2
+    for word, place in source.embeddings():
+        file = find(place, EMBEDDING_FILES, "textual inversion")
+        if file.is_dir():
+            file = next((file / name for name in EMBEDDING_FILES if (file / name).is_file()), file / EMBEDDING_FILES[0])
+        named, vectors = read_embedding(file, width, room)
+        word = word or named or file.stem
+        if word.casefold() in map(str.casefold, found):
+            raise ValueError(f"{file}: the word {word!r} has a textual inversion; give WORD=FILE with another one")
+        LOG.info("%s stands for %d vector%s, in prompts", word, len(vectors), "s" * (len(vectors) > 1))
+        found[word] = vectors
+    return found
 
 
 def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
@@ -164,11 +200,17 @@ def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> n
 
 
 def _decoder(model: VideoModel, place: Path, dtype: torch.dtype) -> AutoencoderTiny:
-    """A small autoencoder from its folder, safetensors alone. Raises ValueError where its latents are not the model's.
+    """A small autoencoder from its folder, safetensors alone. Raises ValueError where the place holds something else,
+    or its latents are not the model's.
 
     (Its shapes do not tell whether it was trained on them: taesd belongs to Stable Diffusion 1.x.)
     """
-    file = find_copy(place, "diffusion_pytorch_model")
+    settings_file, file = place / "config.json", place if place.is_file() else find_copy(place, WEIGHTS)
+    name = building.read_json(settings_file).get("_class_name") if settings_file.is_file() else None
+    if name != TINY_CLASS:
+        kind = name or (identify(read_header(file)) if file else "a folder without config.json and weights")
+        whole = "; a whole autoencoder goes in as --vae" if "autoencoder" in str(kind).lower() else ""
+        raise ValueError(f"{place} is {kind}, and --decoder takes an {TINY_CLASS}'s folder or hub id, or tiny{whole}")
     if file is None or file.suffix != ".safetensors":
         raise ValueError(f"weights are missing: {place / 'diffusion_pytorch_model.safetensors'}")
     made = building.tiny_autoencoder(building.read_json(place / "config.json"), read_state(file), dtype, str(place))

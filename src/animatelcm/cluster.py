@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from animatelcm import batch
 from animatelcm.batch import About, Done, Engine, Made, Row
 from animatelcm.memory import best_dtype, load_for
-from animatelcm.request import ModelSource, Precision
+from animatelcm.request import Compile, ModelSource, Offload, Precision
 from animatelcm.sampling import best_device
 
 if TYPE_CHECKING:
@@ -38,19 +38,29 @@ class Worker:
     result. ``folder`` is where relative paths begin."""
 
     def __init__(
-        self, source: ModelSource, folder: str, device: str, precision: Precision, adapters: Collection[str] | None
+        self,
+        source: ModelSource,
+        folder: str,
+        device: str,
+        precision: Precision,
+        adapters: Collection[str] | None,
+        offload: Offload = "auto",
+        compiled: Compile = "auto",
     ) -> None:
         with suppress(OSError):
             os.chdir(folder)
         self._source, self._device, self._precision, self._adapters = source, device, precision, adapters
+        self._offload, self._compiled = offload, compiled
         self._engine: Engine | None = None
 
     def about(self) -> About:
         """Load the model, and say what it is."""
         device = best_device() if self._device == "auto" else self._device
         dtype = best_dtype(self._precision, device)
-        model = load_for(self._source, device=device, dtype=dtype, keep=False, adapters=self._adapters)
-        self._engine = batch.here(model, self._source)
+        options = {"dtype": dtype, "offload": self._offload, "adapters": self._adapters}
+        model = load_for(self._source, device=device, keep=False, **options)
+        model.compile = self._compiled
+        self._engine = batch.here(model, self._source, self._offload)
         return batch.about(model)
 
     def make(self, row: Row, suffix: str) -> Made | str:
@@ -151,6 +161,8 @@ def actors(
     device: str = "auto",
     precision: Precision = "auto",
     adapters: Collection[str] | None = None,
+    offload: Offload = "auto",
+    compiled: Compile = "auto",
 ) -> Iterator[tuple[About, Engine]]:
     """A pool of ``count`` actors (None: one a GPU, else one a core) on the cluster at ``address``, or here without one.
 
@@ -169,7 +181,7 @@ def actors(
         has = ray.cluster_resources()
         gpus = int(has.get("GPU", 0)) if device in ("auto", "cuda") else 0
         kind = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if gpus else 0)
-        where = (source, str(Path.cwd()), device, precision, adapters)
+        where = (source, str(Path.cwd()), device, precision, adapters, offload, compiled)
         pool = Pool(lambda: kind.remote(*where), count or gpus or int(has.get("CPU", 1)))
         yield pool.wait(), pool.work
 

@@ -139,7 +139,7 @@ def _check_strength(model: VideoModel, request: SampleRequest) -> None:
 
 def _frames(request: SampleRequest, model: VideoModel, file: str, kind: str, *, ready: bool) -> np.ndarray:
     size = dict(zip(("num_frames", "height", "width"), request.shape, strict=True))
-    frames, said = control_maps.read(file, kind, ready=ready, fps=model.facts.fps, **size)
+    frames, said = control_maps.read(file, kind, ready=ready, fps=request.fps or model.facts.fps, **size)
     LOG.info("%s", said)
     return frames
 

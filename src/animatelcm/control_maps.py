@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animatelcm import video
-from animatelcm.images import checked_pixels, fitted, to_fraction
+from animatelcm.images import at_home, checked_pixels, fitted, to_fraction
 
 KINDS = ("canny", "edge", "depth", "pose", "tile")
 FOUND_ELSEWHERE = ("depth", "pose")  # by networks that are not here
@@ -49,7 +49,7 @@ def read(
     if min(num_frames, height, width) < 1 or not 0.001 <= fps <= 1000:
         raise ValueError(f"num_frames={num_frames}, {width}x{height}, fps={fps}: at least 1, 1x1 and 0.001 are needed")
     mapped = _itself if ready else _mapping(kind)
-    taken = _take(Path(path), num_frames, to_fraction(fps))
+    taken = _take(at_home(path), num_frames, to_fraction(fps))
     maps = [mapped(fitted(picture, height, width, "crop")) for picture in taken.pictures]
     return np.stack(maps)[taken.shown], taken.said
 

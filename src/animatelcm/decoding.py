@@ -48,6 +48,8 @@ class Draft:
     fps: float
     evaluations: int
     seconds: dict[str, float] = field(default_factory=dict)
+    precision: str = ""
+    """Numbers that the network computed with: fp16, bf16 or fp32."""
     picture: np.ndarray | None = None
     """Whose colours the frames take, by ``request.colour_match``: uint8 (H, W, 3)."""
 
@@ -66,13 +68,15 @@ def whole(model: VideoModel, draft: Draft) -> Video:
         model=draft.model,
         evaluations=draft.evaluations,
         seconds={**draft.seconds, "decode": time.perf_counter() - began},
+        precision=draft.precision,
     )
 
 
 def write(
     model: VideoModel, draft: Draft, path: Path, *, source: ModelSource, overwrite: bool = False
 ) -> dict[str, float]:
-    """Decode a draft into a file while it is encoded, as ``video.write``; returns the seconds that each phase took.
+    """Decode a draft into a file while it is encoded, as ``video.write``, one frame also into a picture; returns the
+    seconds that each phase took.
 
     Raises ValueError where memory suffices in no way.
     """
@@ -83,7 +87,7 @@ def write(
             path,
             fps=draft.fps,
             num_frames=draft.request.shape[0],
-            metadata=recipe(draft.request, source, __version__),
+            metadata=recipe(draft.request, source, __version__, draft.precision),
             overwrite=overwrite,
         )
     return {**draft.seconds, "decode": time.perf_counter() - began}
@@ -217,7 +221,7 @@ def save(draft: Draft, path: Path) -> None:
     tensors = {"latents": draft.latents}
     if draft.picture is not None:
         tensors["picture"] = torch.from_numpy(np.array(draft.picture))
-    facts = {name: getattr(draft, name) for name in ("model", "fps", "evaluations", "seconds")}
+    facts = {name: getattr(draft, name) for name in ("model", "fps", "evaluations", "seconds", "precision")}
     said = json.dumps({**facts, "request": asdict(draft.request)})
     write_safetensors(tensors, path, {"draft": said, "animatelcm": __version__})
 

@@ -8,6 +8,7 @@ ImageDescription (jpg, webp), comment extension (gif), tag ``comment`` (mp4), ``
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -43,12 +44,18 @@ _LABEL_HEIGHT = 14  # pixels: a line of Pillow's default font
 Fit = Literal["crop", "pad", "stretch"]
 
 
+def at_home(path: str | Path) -> Path:
+    """The path with somebody's home in place of ``~``; as it is where nobody has that name."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises where nobody has that name
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """uint8 (H, W, 3) RGB, the right way up (EXIF), transparency over white, 16 bits rounded to 8.
 
     More pixels than Pillow's ``Image.MAX_IMAGE_PIXELS`` are an error, before any is decoded.
     """
-    with explained(Path(path)), Image.open(path) as image:
+    path = at_home(path)
+    with explained(path), Image.open(path) as image:
         return rgb(ImageOps.exif_transpose(image))
 
 
@@ -60,7 +67,7 @@ def write_image(
     overwrite: bool = False,
 ) -> Path:
     """Write uint8 (H, W, 3) as .png, .webp (both exact) or .jpg; the path comes back."""
-    path = Path(path)
+    path = at_home(path)
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"cannot write {path.name!r} as an image: choose {', '.join(_FORMATS)}")
     check_free(path, overwrite)

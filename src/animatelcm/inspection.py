@@ -11,6 +11,7 @@ from animatelcm import video
 from animatelcm.building import read_json
 from animatelcm.bundle import ADAPTERS, FACTS_FILE, IMAGE_LORA
 from animatelcm.hub import find
+from animatelcm.images import at_home
 from animatelcm.weights.families import FAMILIES, Family
 from animatelcm.weights.files import WEIGHT_SUFFIXES, find_copy, read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
@@ -31,14 +32,14 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError where a path is none of them.
     """
-    path = Path(path)
+    path = at_home(path)
     if str(path) == "emoji" or (path / "unet").is_dir():
         return _describe_bundle(find(str(path)))
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         return _describe_weights(path)
     if (path / "config.json").is_file():
         return _describe_part(path)
-    if path.suffix.lower() in video.VIDEO_SUFFIXES or path.is_dir():
+    if path.suffix.lower() in video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES or path.is_dir():
         return _describe_video(path)
     raise ValueError(
         f"{path} is neither a model folder, a file of weights ({', '.join(WEIGHT_SUFFIXES)}) nor a video "
@@ -130,7 +131,9 @@ def _settings(family: Family) -> str:
 
 def _describe_video(path: Path) -> dict[str, Any]:
     header = video.probe(path)
-    shape = {"frames": header.num_frames, "fps": float(header.fps or 0)}
+    still = path.suffix.lower() in video.IMAGE_SUFFIXES
+    shape = {"frames": header.num_frames} | ({} if still else {"fps": float(header.fps or 0)})
+    facts = {"kind": "picture" if still else "video", "file": str(path), **shape}
     if "command" not in header.metadata:
-        return {"kind": "video", "file": str(path), **shape, "made by": "unknown: it carries no recipe of ours"}
-    return {"kind": "video", "file": str(path), **shape, **header.metadata}
+        return {**facts, "made by": "unknown: it carries no recipe of ours"}
+    return {**facts, **header.metadata, **shape}

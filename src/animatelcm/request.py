@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import secrets
 import shlex
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
+
+from animatelcm.prompts import Syntax, sections
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +25,7 @@ BetaSchedule = Literal["linear", "scaled_linear"]
 Noise = Literal["freenoise", "random"]
 Fit = Literal["crop", "pad", "stretch"]
 """How a picture comes to the video's size."""
-Target = Literal["diffusers", "animatediff", "kohya", "peft", "bundle"]
+Target = Literal["diffusers", "checkpoint", "animatediff", "kohya", "peft", "bundle"]
 """Formats of weights that can be written."""
 Offload = Literal["auto", "none", "model"]
 """Where networks wait while others work: beside them, or (model) on the CPU; auto: there where memory is short."""
@@ -47,6 +51,9 @@ class ModelSource:
     """NAME=PLACE: a ControlNet or T2I-Adapter (diffusers' folder, a file of A1111's or ComfyUI's, or one of them on
     the hub) that reads maps of the kind NAME (canny, edge, depth, pose, tile), or i2v=PLACE: an image encoder, also
     AnimateLCM's file; may be given several times."""
+    embedding: UseAppendAction[tuple[str, ...]] = ()
+    """A textual inversion: FILE, whose word is the one in the file or else its name, or WORD=FILE; of A1111 or
+    diffusers, or on the hub; may be given several times."""
     image_scale: float = 1.0
     """Beta: how much of the model's image acceleration; 0.8 is a usual choice with styles."""
     teacher: bool = False
@@ -55,6 +62,8 @@ class ModelSource:
     """Noise to sample under, where it is not what the files were made for."""
     solver_steps: int | None = None
     """N, the grid that an lcm sampler steps on (diffusers' original_inference_steps)."""
+    vae: str = ""
+    """An autoencoder in place of the model's own: a .safetensors, .ckpt or .pt file, diffusers' folder, or a hub id."""
     decoder: str = ""
     """What draws frames in place of the model's autoencoder, faster and less exactly: tiny (madebyollin/taesd, for
     Stable Diffusion 1.x), or an AutoencoderTiny's folder or hub id."""
@@ -72,6 +81,10 @@ class ModelSource:
             raise ValueError("two adapters have one name; give each kind of maps once")
         return named
 
+    def embeddings(self) -> list[tuple[str, str]]:
+        """(word, place) of each textual inversion; without a word where the file says it."""
+        return [("", text) if Path(text).exists() else _named(text) for text in self.embedding]
+
     def words(self) -> list[str]:
         """As the command line has it; defaults are left out."""
         words = ["--model", self.model, *(["--motion", self.motion] if self.motion else [])]
@@ -79,11 +92,20 @@ class ModelSource:
             words += ["--style", text]
         for text in self.adapter:
             words += ["--adapter", text]
+        for text in self.embedding:
+            words += ["--embedding", text]
         words += ["--image-scale", _number(self.image_scale)] if self.image_scale != 1 else []
         words += ["--teacher"] if self.teacher else []
         words += ["--beta-schedule", self.beta_schedule] if self.beta_schedule else []
         words += ["--solver-steps", str(self.solver_steps)] if self.solver_steps else []
+        words += ["--vae", self.vae] if self.vae else []
         return words + (["--decoder", self.decoder] if self.decoder else [])
+
+
+def _named(text: str) -> tuple[str, str]:
+    """WORD=PLACE, or a place alone, whose address may have such a sign too."""
+    word, sign, place = text.partition("=")
+    return (word.strip(), place) if sign and "/" not in word else ("", text)
 
 
 def _scaled(text: str) -> tuple[str, float]:
@@ -138,6 +160,7 @@ LIMITS = {
     "width": 4096,
     "num_videos_per_prompt": 10_000,
     "context_length": 1024,
+    "clip_skip": 128,
 }
 
 
@@ -153,6 +176,11 @@ class SampleRequest:
     """What to show, e.g. "a parrot"."""
     negative_prompt: Annotated[str, arg(aliases=["--negative"])] = ""
     """What to steer away from; needs guidance_scale > 1."""
+    prompt_syntax: Syntax = "a1111"
+    """a1111: (x), [x] and (x:1.3) weigh words, BREAK begins a new chunk; plain: brackets are letters, as in
+    diffusers."""
+    clip_skip: int = 1
+    """Layer of the text encoder whose output is used, counted from the end as A1111 does: 1 is the last one."""
     num_inference_steps: Annotated[int | None, arg(aliases=["--steps"])] = None
     """Steps of the sampler; with guidance each costs two network evaluations."""
     guidance_scale: Annotated[float | None, arg(aliases=["--guidance"])] = None
@@ -164,9 +192,11 @@ class SampleRequest:
     width: int | None = None
     """Pixels."""
     seed: int = 0
-    """Of the first video; the next ones count on from it."""
+    """Of the first video; the next ones count on from it. -1 draws one, which the recipe keeps."""
     num_videos_per_prompt: Annotated[int, arg(aliases=["-n"])] = 1
     """How many videos."""
+    fps: float | None = None
+    """Frames a second of the file, and those that are taken of a control or a video to begin from."""
     sampler: Sampler | None = None
     """lcm: multistep consistency; ddim, dpm++ (DPM-Solver++ 2M): for models that were not distilled."""
     spacing: Spacing = "leading"
@@ -206,6 +236,10 @@ class SampleRequest:
         for name, known in (("fit", Fit), ("noise", Noise)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(known))}")
+        if self.prompt_syntax not in get_args(Syntax):
+            raise ValueError(f"prompt_syntax={self.prompt_syntax!r} is not one of {', '.join(get_args(Syntax))}")
+        for prompt in (self.prompt, self.negative_prompt):
+            sections(prompt, self.prompt_syntax)
         self.controls()
         for name, most in LIMITS.items():
             value = getattr(self, name)
@@ -217,11 +251,16 @@ class SampleRequest:
             raise ValueError(f"sampler={self.sampler!r} is not one of {', '.join(get_args(Sampler))}")
         if self.spacing not in get_args(Spacing):
             raise ValueError(f"spacing={self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} is out of range; choose 0..2**63 - 1")
+        if not -1 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is out of range; choose 0..2**63 - 1, or -1 to have one drawn")
+        if self.fps is not None and not 0.001 <= self.fps <= 1000:
+            raise ValueError(f"fps={self.fps} is out of range; choose 0.001..1000")
 
     def resolved(self, facts: Facts, cell: int = 8) -> SampleRequest:
-        """The same request, every None filled in from the model's facts; sides must be multiples of ``cell`` pixels."""
+        """The same request, every None filled in from the model's facts, and a seed of -1 drawn from 2**32; sides must
+        be multiples of ``cell`` pixels."""
+        if self.seed == -1:
+            return replace(self, seed=secrets.randbelow(2**32)).resolved(facts, cell)
         names = [f.name for f in fields(self) if getattr(self, f.name) is None and hasattr(facts, f.name)]
         full = replace(self, **{name: getattr(facts, name) for name in names})._in_windows(facts)
         for name in ("height", "width"):
@@ -281,37 +320,82 @@ class Video:
     evaluations: int
     """Network evaluations it took, a guided one counted twice."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    precision: str = ""
+    """Numbers that the network computed with: fp16, bf16 or fp32; empty where nobody said."""
 
     def recipe(self, source: ModelSource, version: str) -> dict[str, str]:
         """What is written into the file (``recipe``)."""
-        return recipe(self.request, source, version)
+        return recipe(self.request, source, version, self.precision)
 
 
-def recipe(request: SampleRequest, source: ModelSource, version: str) -> dict[str, str]:
-    """What files say of how they were made: every field of request and source, the version, the command."""
+def unused(request: SampleRequest, *, image: bool | None = None, video: bool | None = None) -> list[str]:
+    """What a resolved request asks for and will not get, a sentence each: settings that change nothing without others.
+
+    ``image``, ``video``: whether there are a picture and a video to begin from, where these are pixels of no file.
+    """
+    image = bool(request.image) if image is None else image
+    video = bool(request.video) if video is None else video
+    plain = SampleRequest(prompt="")
+    said = {
+        "negative_prompt": (request.guidance_scale == 1, "guidance_scale is 1 (off); ask for more, such as 2"),
+        "motion_scale": (not image, "there is no picture to animate; give one as image"),
+        "fit": (not image, "there is no picture to animate; give one as image"),
+        "colour_match": (not image, "there is no picture to animate; give one as image"),
+        "strength": (not video, "there is no video to begin from; give one as video"),
+        "spacing": (request.sampler == "lcm", "the sampler lcm has timesteps of its own; choose ddim or dpm++"),
+    }
+    return [
+        f"{name} changes nothing: {why}"
+        for name, (idle, why) in said.items()
+        if idle and getattr(request, name) != getattr(plain, name)
+    ]
+
+
+def parse_size(text: str, name: str = "size") -> tuple[int, int]:
+    """Width and height of "WIDTHxHEIGHT". Raises ValueError where it is none."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"{name} {text!r} is not WIDTHxHEIGHT in pixels, such as 64x64")
+    return int(width), int(height)
+
+
+def recipe(request: SampleRequest, source: ModelSource, version: str, precision: str = "") -> dict[str, str]:
+    """What files say of how they were made: every field of request and source, the numbers that the network computed
+    with where they are known, the version, the command."""
     made = {**dataclasses.asdict(request), **dataclasses.asdict(source)}
-    made |= {key: " ".join(made[key]) for key in ("style", "adapter", "control")}
-    facts = {"animatelcm": version, "command": command(request, source)}
+    made |= {"precision": precision} if precision else {}
+    made |= {key: " ".join(made[key]) for key in ("style", "adapter", "embedding", "control")}
+    facts = {"animatelcm": version, "command": command(request, source, precision)}
     return {key: str(value) for key, value in made.items()} | facts
 
 
-def command(request: SampleRequest, source: ModelSource) -> str:
-    """The command line that makes a resolved request again."""
-    words = ["animatelcm", "generate", request.prompt, *source.words()]
+def command(request: SampleRequest, source: ModelSource, precision: str = "") -> str:
+    """The command line that makes a resolved request again, on any machine where it says the ``precision``, too."""
+    dashed = request.prompt.startswith("-")  # which comes last, behind what says that no flags follow
+    words = ["animatelcm", "generate", *([] if dashed else [request.prompt]), *source.words()]
     words += ["--steps", str(request.num_inference_steps), "--guidance", _number(request.guidance_scale)]
     if request.negative_prompt:
-        words += ["--negative", request.negative_prompt]
+        words += _said("--negative", request.negative_prompt)
+    words += ["--prompt-syntax", request.prompt_syntax] if request.prompt_syntax != "a1111" else []
+    words += ["--clip-skip", str(request.clip_skip)] if request.clip_skip != 1 else []
     words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]
     if request.context_length is not None and request.shape[0] > request.context_length:
         words += ["--context-length", str(request.context_length), "--context-overlap", str(request.context_overlap)]
         words += ["--noise", request.noise] if request.noise != "freenoise" else []
     words += ["--seed", str(request.seed), "--sampler", str(request.sampler)]
     words += ["--spacing", request.spacing] if request.spacing != "leading" else []
+    words += [] if request.fps is None else ["--fps", _number(request.fps)]
     for text in request.control:
         words += ["--control", text]
     if request.image:
-        words += ["--image", request.image, "--fit", request.fit]
+        words += [*_said("--image", request.image), "--fit", request.fit]
         words += [] if request.motion_scale is None else ["--motion-scale", _number(request.motion_scale)]
         words += ["--colour-match", _number(request.colour_match)]
-    words += ["--video", request.video, "--strength", _number(request.strength)] if request.video else []
-    return shlex.join(words)
+    words += [*_said("--video", request.video), "--strength", _number(request.strength)] if request.video else []
+    words += ["--precision", precision] if precision else []
+    return shlex.join([*words, *(["--", request.prompt] if dashed else [])])
+
+
+def _said(flag: str, value: str) -> list[str]:
+    """A flag and its value, in one word where that begins as flags do."""
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -19,7 +20,7 @@ from animatelcm.consistency import consistency_function, renoise
 from animatelcm.data.batches import to_pixels
 from animatelcm.decoding import Draft
 from animatelcm.model import VideoModel
-from animatelcm.request import Offload, SampleRequest, Video
+from animatelcm.request import Offload, SampleRequest, Video, unused
 from animatelcm.rng import generator
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.solver import ddim_step, guided
@@ -37,6 +38,9 @@ WINDOW_CELLS = 16 * 64 * 64
 """Latent cells of a window of Stable Diffusion's usual size: what a GPU evaluates at a time."""
 CPU_CELLS = 4 * 16 * 8 * 8
 """What a CPU does: with fewer, calls cost as much as arithmetic; with more, what they work on leaves the caches."""
+
+
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Preview(NamedTuple):
@@ -62,11 +66,20 @@ def sample(
     ``latents`` replaces the initial noise: (1, C, F, h, w) of variance 1. ``condition`` is what the request's files
     hold, where they are read already, or pixels of no file. Each video depends on its own seed alone, whatever
     ``num_videos_per_prompt`` is, but for rounding: videos of a batch may differ in their last bits from the same ones
-    made alone. Raises ValueError where memory suffices in no way.
+    made alone. What the request asks for in vain is warned of (``request.unused``). Raises ValueError where memory
+    suffices in no way.
     """
+    warn_of(request.resolved(model.facts, model.downscale), condition, stacklevel=3)
     options = {"latents": latents, "condition": condition, "offload": offload, "progress": progress}
     with closing(drafts(model, request, **options)) as made:
         return [decoding.whole(model, draft) for draft in made]
+
+
+def warn_of(request: SampleRequest, condition: Condition | None, *, stacklevel: int = 2) -> None:
+    """A UserWarning for each setting of a resolved request that changes nothing."""
+    seen = {} if condition is None else {"image": condition.image is not None, "video": condition.video is not None}
+    for said in unused(request, **seen):
+        warnings.warn(said, stacklevel=stacklevel)
 
 
 def drafts(
@@ -134,9 +147,10 @@ def _denoised(
             latents=latents,
             request=single,
             model=model.facts.name,
-            fps=model.facts.fps,
+            fps=single.fps or model.facts.fps,
             evaluations=preview.total * len(_windows(request)) * (2 if request.guidance_scale != 1 else 1),
             seconds={"denoise": share},
+            precision=PRECISIONS.get(model.unet.dtype, ""),
             picture=condition.image,
         )
         for single, latents in zip(request.singles(), preview.latents.split(1), strict=True)
@@ -236,7 +250,8 @@ def _guided_eps(model: VideoModel, request: SampleRequest, steer: Steering, time
     scale, total = request.guidance_scale, len(times)
     assert scale is not None
     motion, steps, spans = request.shape[0] > 1, count(), _windows(request)
-    text = model.embed([request.prompt] if scale == 1 else [request.negative_prompt, request.prompt])
+    prompts = [request.prompt] if scale == 1 else [request.negative_prompt, request.prompt]
+    text = model.embed_prompts(prompts, request.prompt_syntax, request.clip_skip)
     remembered = model.unet.remember(torch.tensor(times, device=model.device), text)
 
     def steered(x: Tensor, t: Tensor, step: int, spans: Sequence[range]) -> Tensor:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from animatelcm.request import Compile, ModelSource, Offload, Precision, SampleRequest, Target
+from animatelcm.request import Compile, ModelSource, Offload, Precision, SampleRequest, Target, parse_size, unused
 from animatelcm.terminal import bars, load, say, step_bar, told
 
 if TYPE_CHECKING:
     from animatelcm.batch import About, Engine
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,8 @@ class Generate:
     size: str | None = None
     """Width and height in pixels, as 64x64; instead of --width and --height."""
     out: Path | None = None
-    """A file (.mp4, .gif, .webp), or a folder for a png sequence; several get -0, -1, ... Default: PROMPT.mp4."""
+    """A file (.mp4, .gif, .webp; of one frame .png, .jpg), or a folder for a png sequence; several get -0, -1, ...
+    Default: PROMPT.mp4, with one frame PROMPT.png, or the first free of PROMPT-2, PROMPT-3, ..."""
     device: str = "auto"
     """cpu, cuda, mps, or auto: the fastest here."""
     offload: Offload = "auto"
@@ -50,9 +55,9 @@ class Generate:
         from animatelcm.decoding import rescued, write
         from animatelcm.sampling import drafts
 
-        targets = _targets(self.out or Path(_slug(self.request.prompt) + ".mp4"), self.request.num_videos_per_prompt)
-        for target in targets:
-            video.check_path(target, overwrite=self.force)
+        targets = _free(self.request, force=self.force) if self.out is None else _targets(self.out, self.request)
+        for target in targets:  # which length the model chooses is not known yet
+            video.check_path(target, overwrite=self.force, num_frames=self.request.num_frames or 1)
         began = time.perf_counter()
         request = _sized(self.request, self.size)
         with told(quiet=self.json):
@@ -61,6 +66,9 @@ class Generate:
             model = load(self.source, self.device, keep=False, **options)
             model.compile = self.compile
             request = request.resolved(model.facts, model.downscale)
+            video.check_path(targets[0], overwrite=self.force, num_frames=request.num_frames)
+            for warning in (warnings := unused(request)):
+                LOG.warning("%s", warning)
             condition = read(request, model)
         loaded, made = time.perf_counter() - began, []
         options = {"condition": condition, "offload": self.offload}
@@ -72,18 +80,22 @@ class Generate:
                 with rescued(draft, target, self.source):
                     phases = write(model, draft, target, source=self.source, overwrite=self.force)
                 made.append((draft.evaluations, phases))
+                precision = draft.precision
         seconds = {"load": loaded, **_sum_seconds([phases for _, phases in made])}
         seconds["total"] = time.perf_counter() - began
-        self._report(request, sum(evaluations for evaluations, _ in made), targets, seconds)
+        facts = {"files": [str(target) for target in targets], "warnings": warnings, "precision": precision}
+        self._report(request, facts, sum(evaluations for evaluations, _ in made), seconds)
 
-    def _report(self, request: SampleRequest, evaluations: int, targets: list[Path], seconds: dict[str, float]) -> None:
+    def _report(
+        self, request: SampleRequest, facts: dict[str, Any], evaluations: int, seconds: dict[str, float]
+    ) -> None:
         if self.json:
-            files = {**asdict(self.source), "files": [str(target) for target in targets]}
             rounded = {phase: round(value, 3) for phase, value in seconds.items()}
-            say(json.dumps({**asdict(request), **files, "seconds": rounded, "network_evaluations": evaluations}))
+            counted = {"seconds": rounded, "network_evaluations": evaluations}
+            say(json.dumps({**asdict(request), **asdict(self.source), **facts, **counted}))
         else:
             phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
-            say(f"{', '.join(map(str, targets))}: {seconds['total']:.1f} s ({phases}), {evaluations} evaluations")
+            say(f"{', '.join(facts['files'])}: {seconds['total']:.1f} s ({phases}), {evaluations} evaluations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +116,14 @@ class Decode:
 
     def run(self) -> None:
         from animatelcm import decoding, video
+        from animatelcm.images import at_home
 
-        target = self.out or self.latents.with_name(self.latents.name.removesuffix(decoding.SUFFIX) + ".mp4")
-        video.check_path(target, overwrite=self.force)
+        latents = at_home(self.latents)
+        target = self.out or latents.with_name(latents.name.removesuffix(decoding.SUFFIX) + ".mp4")
+        target = video.check_path(target, overwrite=self.force, num_frames=1)  # how many there are is not known yet
         with told(quiet=self.json):
             model = load(self.source, self.device, offload="model", keep=False, adapters=())
-            draft = decoding.load(self.latents, model)
+            draft = decoding.load(latents, model)
             seconds = decoding.write(model, draft, target, source=self.source, overwrite=self.force)["decode"]
         said = {"files": [str(target)], "seconds": {"decode": round(seconds, 3)}}
         say(json.dumps(said) if self.json else f"{target}: decoded in {seconds:.1f} s")
@@ -140,6 +154,12 @@ class Batch:
     """cpu, cuda, mps, or auto: the fastest there."""
     precision: Precision = "auto"
     """Numbers that networks compute with; auto: fp16 on CUDA, else fp32."""
+    offload: Offload = "auto"
+    """model: networks wait on the CPU while others work on the device; none: they stay there; auto: they wait where its
+    memory is short."""
+    compile: Compile = "auto"
+    """none: networks are called as they are; auto: as CUDA graphs on a GPU; full: fused by torch.compile too, which
+    takes minutes at first."""
     force: bool = False
     """Replace videos that no manifest tells of."""
     json: bool = False
@@ -147,14 +167,16 @@ class Batch:
 
     def run(self) -> None:
         from animatelcm import batch
+        from animatelcm.images import at_home
 
-        rows = batch.read_rows(self.prompts, seed=self.seed, settings=self.settings)
+        rows = batch.read_rows(at_home(self.prompts), seed=self.seed, settings=self.settings)
         needed = set().union(*(row.request.adapter_names() for row in rows if row.request))
         options = {"device": self.device, "precision": self.precision, "adapters": None if needed else ()}
+        options["offload"] = self.offload
         with told(quiet=self.json), self._engine(options) as (about, engine), bars(quiet=self.json) as progress:
             counts = batch.run(
                 rows,
-                self.out,
+                at_home(self.out),
                 about,
                 engine,
                 suffix="." + self.ext,
@@ -176,13 +198,15 @@ class Batch:
         if self.engine == "ray":
             from animatelcm.cluster import actors
 
+            options["compiled"] = self.compile
             with actors(self.source, count=self.actors, address=self.address, **options) as pool:
                 yield pool
         else:
             from animatelcm import batch
 
             model = load(self.source, keep=False, **options)
-            yield batch.about(model), batch.here(model, self.source)
+            model.compile = self.compile
+            yield batch.about(model), batch.here(model, self.source, self.offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +225,14 @@ class Fuse:
     def run(self) -> None:
         if self.out.exists() and not (self.force and (self.out / "model_index.json").is_file()):
             raise ValueError(f"{self.out} exists; choose another name, or add --force to replace a model folder")
-        from animatelcm.bundle import save
+        if self.source.embedding:
+            raise ValueError("a model folder has no room for textual inversions; give --embedding to generate instead")
+        from animatelcm.bundle import check_folder, save, scheduler_of
         from animatelcm.fusion import baked
 
-        save(baked(load(self.source, "cpu", keep=False)), self.out)
+        check_folder(self.out)
+        model = baked(load(self.source, "cpu", keep=False))
+        save(model, self.out, scheduler=scheduler_of(model))
         say(f"model in {self.out}")
 
 
@@ -233,12 +261,14 @@ class Convert:
     out: Positional[Path]
     """The file (.safetensors) or the folder to write."""
     to: Target
-    """diffusers: a model's or a MotionAdapter's folder; animatediff: a motion module for ComfyUI and A1111; kohya,
-    peft: a LoRA; bundle: a model's folder."""
+    """diffusers: a model's or a MotionAdapter's folder; checkpoint: a model's base in one file, animatediff: a motion
+    module, both for ComfyUI and A1111; kohya, peft: a LoRA; bundle: a model's folder."""
     dtype: Literal["fp16", "fp32"] = "fp16"
     """Numbers of 16 or 32 bits."""
     part: str = ""
     """Of a model: a style's name (kohya, peft); "teacher", or "i2v" with the image encoder (animatediff)."""
+    vae: str = ""
+    """Into a model's folder or checkpoint: an autoencoder in place of its own, a file, a folder or a hub id."""
     force: bool = False
     """Replace what exists."""
     json: bool = False
@@ -252,7 +282,7 @@ class Convert:
         from animatelcm.conversion import convert
 
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[self.dtype]
-        made = convert(self.source, self.out, to=self.to, dtype=dtype, part=self.part)
+        made = convert(self.source, self.out, to=self.to, dtype=dtype, part=self.part, vae=self.vae)
         facts = {key: str(value) for key, value in asdict(made).items() if value}
         say(
             json.dumps(facts)
@@ -261,25 +291,37 @@ class Convert:
         )
 
 
-def _targets(out: Path, count: int) -> list[Path]:
+def _targets(out: Path, request: SampleRequest) -> list[Path]:
+    from animatelcm.images import at_home
+
+    out, count = at_home(out), request.num_videos_per_prompt
     if count == 1:
         return [out]
     return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
 
 
+def _free(request: SampleRequest, *, force: bool) -> list[Path]:
+    """Files named after the prompt; where one is there already, with the first number behind it of which none is."""
+    name, suffix = _slug(request.prompt), ".png" if request.num_frames == 1 else ".mp4"
+    for number in count(1):
+        targets = _targets(Path(name + f"-{number}" * (number > 1) + suffix), request)
+        if force or not any(target.exists() for target in targets):
+            return targets
+    raise AssertionError
+
+
 def _slug(prompt: str) -> str:
+    """Words of a prompt as a file's name, of a length that file systems take, which count bytes."""
     words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
     kept = words[1:] if words[:1] in (["a"], ["an"], ["the"]) and len(words) > 1 else words
-    return "-".join(kept)[:60] or "video"
+    return "-".join(kept)[:60].encode()[:150].decode(errors="ignore").strip("-") or "video"
 
 
 def _sized(request: SampleRequest, size: str | None) -> SampleRequest:
     if size is None:
         return request
-    width, _, height = size.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, such as 64x64")
-    return replace(request, width=int(width), height=int(height))
+    width, height = parse_size(size, "--size")
+    return replace(request, width=width, height=height)
 
 
 def _sum_seconds(videos: list[dict[str, float]]) -> dict[str, float]:

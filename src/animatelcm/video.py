@@ -6,10 +6,12 @@ neighbours, so it is the note inside our files (see ``images``) that gives frame
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from functools import partial as wrapped
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from PIL import Image
 from animatelcm.images import (
     IMAGE_SUFFIXES,
     Note,
+    at_home,
     check_free,
     checked_pixels,
     contact_sheet,
@@ -35,6 +38,7 @@ from animatelcm.streams import Decoded, Header, Window, probe_stream, read_strea
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "PICTURE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "Footage",
     "Header",
@@ -50,7 +54,11 @@ __all__ = [
 ]
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm", ".webp")  # .gif, .webp: or a still
+PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png")
+"""What a video of one frame may be written as, too."""
 DEFAULT_QUALITY = 85
+LONGEST_NAME = 200
+"""Bytes: file systems take 255, and names grow while a file is unfinished."""
 
 _MAX_FPS = {"": 1000, ".mp4": 1000, ".gif": 50, ".webp": 100}  # players show faster gifs and webps at 10
 _BROWSER_FPS = Fraction(10)  # what they show where a file has no delays
@@ -84,17 +92,18 @@ def write(
     """Write frames as .mp4 (H.264), .gif, .webp or, at a path without suffix, png sequence; returns the path.
 
     Chunks (n, H, W, 3) of ``num_frames`` in all may come in place of an array: mp4 and png sequences write each as it
-    comes and hold no other, gif and webp gather them.
+    comes and hold no other, gif and webp gather them. One frame may also become a picture: .png or .jpg.
     ``quality`` is 0..100, higher is better, for the lossy formats: mp4 has crf = 51 - 0.43 * quality, webp
     its own scale, 100 being lossless. A gif of <= 256 colours a frame and png are exact.
     """
-    path = check_path(path, overwrite=overwrite)
-    kind, rate = path.suffix.lower(), to_fraction(fps)
-    if not 0 < rate <= _MAX_FPS[kind]:
-        raise ValueError(f"fps={fps}, but {kind or 'a png sequence'} takes 0 < fps <= {_MAX_FPS[kind]}")
-    if quality is not None and (kind in ("", ".gif") or not 0 <= quality <= 100):
-        raise ValueError(f"quality={quality}: .mp4 and .webp take 0..100, .gif and png sequences take none")
     chunks, count = _in_chunks(frames, num_frames)
+    path = check_path(path, overwrite=overwrite, num_frames=count)
+    kind, rate = path.suffix.lower(), to_fraction(fps)
+    most = _MAX_FPS.get(kind, _MAX_FPS[""])
+    if not 0 < rate <= most:
+        raise ValueError(f"fps={fps}, but {kind or 'a png sequence'} takes 0 < fps <= {most}")
+    if quality is not None and (kind not in (".mp4", ".webp") or not 0 <= quality <= 100):
+        raise ValueError(f"quality={quality}: .mp4 and .webp take 0..100, .gif, pictures and png sequences take none")
     note = Note.checked(metadata, rate, count)
     with replacing(path) as partial:
         _WRITERS[kind](chunks, partial, note, DEFAULT_QUALITY if quality is None else quality)
@@ -135,7 +144,7 @@ def read(path: str | Path, *, num_frames: int | None = None, stride: float | Fra
     """
     if start < 0 or stride < 1 or (num_frames is not None and num_frames < 1):
         raise ValueError(f"start={start}, stride={stride}, num_frames={num_frames}: at least 0, 1 and 1 are needed")
-    path, window = Path(path), Window(start, Fraction(stride), num_frames)
+    path, window = at_home(path), Window(start, Fraction(stride), num_frames)
     with explained(path):
         images, fps, metadata = _READERS.get(_kind(path), read_stream)(path, window)
         frames = np.stack(images) if images else np.empty((0, 0, 0, 3), np.uint8)
@@ -146,7 +155,7 @@ def read(path: str | Path, *, num_frames: int | None = None, stride: float | Fra
 
 def probe(path: str | Path) -> Header:
     """Length, frame rate and metadata; only a gif or webp from elsewhere is decoded, for its frame rate."""
-    path = Path(path)
+    path = at_home(path)
     with explained(path):
         return _PROBES.get(_kind(path), probe_stream)(path)
 
@@ -156,11 +165,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return probe(path).metadata
 
 
-def check_path(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Say now, rather than after the work, why a video could not be written at ``path``."""
-    path = Path(path)
-    if path.suffix.lower() not in _WRITERS:
+def check_path(path: str | Path, *, overwrite: bool = False, num_frames: int | None = None) -> Path:
+    """Say now, rather than after the work, why a video could not be written at ``path``; a picture can where it has
+    one frame. ``~`` is whose home it is."""
+    path = at_home(path)
+    kind, one = path.suffix.lower(), num_frames == 1
+    if kind in PICTURE_SUFFIXES and not one:
+        count = "a video" if num_frames is None else f"{num_frames} frames"
+        raise ValueError(f"cannot write {count} as {path.name!r}: ask for one frame, or choose .mp4, .gif or .webp")
+    if kind not in _WRITERS:
         raise ValueError(f"cannot write {path.name!r}: choose .mp4, .gif, .webp, or no suffix for a png sequence")
+    if (length := len(os.fsencode(path.name))) > LONGEST_NAME:
+        raise ValueError(f"the name {path.name[:20]!r}... has {length} bytes; choose one of {LONGEST_NAME} at most")
     names = [file.name for file in path.iterdir()] if path.is_dir() else None
     if strange := [name for name in names or () if not re.fullmatch(r"\d{5,}\.png|metadata\.json", name)]:
         raise ValueError(f"the folder {path} holds more than a png sequence, e.g. {strange[0]!r}; choose another")
@@ -249,12 +265,17 @@ def _read_sequence(path: Path, window: Window) -> Decoded:
     return [read_image(file) for file in window.choose(enumerate(files))], note.fps, note.metadata
 
 
+def _write_picture(file_format: str, chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
+    save(np.concatenate(list(chunks)), path, file_format, Note(note.metadata), quality=95)
+
+
 def _probe_image(path: Path) -> Header:
     with Image.open(path) as image:
         return Header(1, None, Note.of(image).metadata)
 
 
 _WRITERS = {"": _write_sequence, ".gif": _write_gif, ".mp4": write_mp4, ".webp": _write_webp}
+_WRITERS |= {kind: wrapped(_write_picture, "PNG" if kind == ".png" else "JPEG") for kind in PICTURE_SUFFIXES}
 _READERS = {"": _read_sequence, ".gif": _read_animation, ".webp": _read_animation}
 _PROBES = dict.fromkeys(IMAGE_SUFFIXES, _probe_image) | {
     "": _probe_sequence,

@@ -17,6 +17,7 @@ from typing import Any
 from animatelcm import __version__
 from animatelcm.batch.engine import About, Made
 from animatelcm.batch.rows import Row
+from animatelcm.images import at_home
 
 MANIFEST = "manifest.jsonl"
 
@@ -31,7 +32,7 @@ def plan(row: Row, about: About, suffix: str, contents: dict[str, str]) -> tuple
         return row._replace(request=None, error=str(error)), {}
     paths = {request.image, request.video, *(control.file for control in request.controls())} - {""}
     for path in paths - contents.keys():
-        contents[path] = _hash_of(Path(path))
+        contents[path] = _hash_of(at_home(path))
     settings, files = asdict(request), {path: contents[path] for path in paths}
     said = json.dumps([settings, files, about.fingerprint], sort_keys=True)
     return row._replace(request=request), {

@@ -10,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from animatelcm.request import SampleRequest
+from animatelcm.request import SampleRequest, parse_size
+
+DRAWN = "seed=-1 draws another one each time, and a batch that goes on must know its own; give 0..2**63 - 1"
 
 
 class Row(NamedTuple):
@@ -25,11 +27,14 @@ class Row(NamedTuple):
 def read_rows(path: Path, *, seed: int = 0, settings: Sequence[str] = ()) -> list[Row]:
     """The rows of a .txt (a prompt a line), .csv (with a header) or .jsonl file, numbered from 0; empty lines are none.
 
-    Columns are the fields of ``SampleRequest`` or the command line's short names; ``settings``, NAME=VALUE each, hold
-    for rows that say nothing. A row without a seed gets ``seed`` and its number. What is wrong with one row is its
-    ``error``. Raises ValueError for what is wrong with all: a file that cannot be read, a column or setting unknown.
+    Columns are the fields of ``SampleRequest``, the command line's short names, or size, as 64x64; ``settings``,
+    NAME=VALUE each, hold for rows that say nothing. A row without a seed gets ``seed`` and its number. What is wrong
+    with one row is its ``error``. Raises ValueError for what is wrong with all: a file that cannot be read, a column or
+    setting unknown.
     """
     shared = _settings(settings)
+    if -1 in (seed, shared.get("seed")):
+        raise ValueError(DRAWN)
     SampleRequest(
         prompt="", seed=seed, **{key: value for key, value in shared.items() if key not in ("prompt", "seed")}
     )
@@ -89,6 +94,8 @@ def _row(number: int, cells: dict[str, Any] | str, otherwise: dict[str, Any]) ->
         if not given.get("prompt"):
             raise ValueError("the row has no prompt; write one")
         request = SampleRequest(**given)
+        if request.seed == -1:
+            raise ValueError(DRAWN)
         if request.num_videos_per_prompt != 1:
             raise ValueError(
                 f"num_videos_per_prompt={request.num_videos_per_prompt}, but a row is one video; repeat it"
@@ -113,13 +120,18 @@ def _names() -> dict[str, str]:
     for field, hint in get_type_hints(SampleRequest, include_extras=True).items():
         aliases = [name for mark in get_args(hint)[1:] for name in getattr(mark, "aliases", None) or ()]
         names |= {name.lstrip("-").replace("-", "_"): field for name in (field, *aliases)}
-    return names
+    return names | {"size": "size"}
 
 
 def _values(cells: dict[str, Any]) -> dict[str, Any]:
     """Cells by column -> values by field. Raises ValueError where a value is of another kind than its field."""
     names, hints = _names(), get_type_hints(SampleRequest)
     values: dict[str, Any] = {}
+    if size := cells.get("size"):
+        if {"width", "height"} & cells.keys():
+            raise ValueError("size is width and height; give it, or both of these")
+        width, height = parse_size(_value("size", size, str))
+        cells = {name: given for name, given in cells.items() if name != "size"} | {"width": width, "height": height}
     for name, given in cells.items():
         if names[name] in values:
             raise ValueError(f"{name} and {names[name]} are one setting; give it once")

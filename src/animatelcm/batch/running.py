@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from animatelcm.batch import manifest
 from animatelcm.batch.engine import About, Engine, Made, is_full
 from animatelcm.batch.rows import Row
 from animatelcm.images import replacing
+from animatelcm.request import unused
 
 LOG = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ def run(
         plans = {row.number: manifest.plan(row, about, suffix, contents) for row in rows}
         todo = [row for row, plan in plans.values() if not manifest.is_done(records.get(row.number), plan, out)]
         before = len(rows) - len(todo)
+        for said, times in Counter(said for row in todo if row.request for said in unused(row.request)).items():
+            LOG.warning("%s (%d of %d rows)", said, times, len(rows))
 
         def done(row: Row, outcome: Made | str) -> None:
             nonlocal made, failed
