@@ -30,6 +30,7 @@ def test_a_recipe_is_named_as_its_function(recipe):
         ({"data": {"kind": "emoji-images", "lenght": 3}}, "lenght"),
         ({"steps": 0}, "steps"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"sample_every": 0}, "sample_every=0"),
         ({"text_dropout": 1.5}, "text_dropout"),
     ],
 )

@@ -133,7 +133,9 @@ def test_maps_go_with_the_clip_that_stands_in_for_a_damaged_one(folder, fresh_mo
     (folder / "stills" / "b.png").write_bytes(raw)
     for _ in range(2):  # encoded, and read again
         config = _run(_of(folder / "stills", num_frames=1, maps=folder / "maps"), tmp_path, "depth")
-        batch = open_source(config, fresh_model).batches([0, 1, 2])
+        source = open_source(config, fresh_model)
+        batch = source.batches([0, 1, 2])
+        assert source.dataset.skipped == ["b.png"]
         assert batch.sources == ("a.png", "c.png", "c.png")
         assert (batch.maps * 255).round().amax((1, 2, 3, 4)).tolist() == [105, 115, 115]
 

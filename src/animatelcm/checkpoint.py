@@ -25,9 +25,8 @@ from animatelcm.weights.files import State, read_safetensors, write_safetensors
 
 KEEP = 2
 MAY_CHANGE = ("out", "steps", "log_every", "save_every", "sample_every", "sample_prompts", "gradient_checkpointing")
-"""Fields that a resumed run may have of its own."""
-SPLIT = ("batch_size", "gradient_accumulation_steps")
-"""Fields that say with the number of processes how a step's clips are split; their product may not change."""
+"""Fields that a resumed run may have of its own; so it may ``gradient_accumulation_steps``, where processes times that
+stays."""
 
 
 @dataclass
@@ -108,28 +107,26 @@ def continues(config: TrainConfig, processes: int, saved: Path) -> str:
     be another run: how long it is, what it shows and how it keeps to its memory may change, what a step does may not.
     """
     then, before = config_of(saved), processes_of(saved) or processes
-    names = [field.name for field in fields(TrainConfig) if field.name not in MAY_CHANGE + SPLIT]
+    names = [
+        field.name for field in fields(TrainConfig) if field.name not in (*MAY_CHANGE, "gradient_accumulation_steps")
+    ]
     if odd := [name for name in names if getattr(config, name) != getattr(then, name)]:
         raise ValueError(
             f"{config.folder} holds a run with another {odd[0]}; choose another name, or take that value again"
         )
-    now, was = (processes, *_split(config)), (before, *_split(then))
+    now, was = (processes, config.gradient_accumulation_steps), (before, then.gradient_accumulation_steps)
     if math.prod(now) != math.prod(was):
         raise ValueError(
-            f"{config.folder} holds a run with {math.prod(was)} clips a step ({_spoken(was)}), here are "
-            f"{math.prod(now)} ({_spoken(now)}); keep their number by --gradient-accumulation-steps and --batch-size"
+            f"{config.folder} holds a run of {_spoken(was)}, here are {_spoken(now)}; keep the batches of a step by "
+            f"--gradient-accumulation-steps, {math.prod(was)} in all"
         )
-    if now == was:
-        return ""
-    return f"the clips of a step are split anew ({_spoken(now)}, before {_spoken(was)}): from here others are drawn"
+    return (
+        "" if now == was else f"the batches of a step are the same, shared anew: {_spoken(now)}, before {_spoken(was)}"
+    )
 
 
-def _split(config: TrainConfig) -> tuple[int, int]:
-    return config.gradient_accumulation_steps, config.batch_size
-
-
-def _spoken(split: tuple[int, ...]) -> str:
-    return "{} processes x gradient_accumulation_steps {} x batch_size {}".format(*split)
+def _spoken(split: tuple[int, int]) -> str:
+    return "{} processes x gradient_accumulation_steps {}".format(*split)
 
 
 def restore(state: TrainState, path: Path) -> None:

@@ -75,15 +75,22 @@ class DataConfig:
             raise ValueError(
                 f"data.fps={self.fps} with data.frame_stride={self.frame_stride}: give fps above 0, and a stride of 1"
             )
-        if self.repeats > 1 and self.window == "first":
-            raise ValueError(
-                f"data.repeats={self.repeats} are the same clips again; add data.window random, or leave repeats out"
-            )
-        defaults = {"frame_stride": 1, "fps": None, "window": "first", "caption_column": None, "maps": None}
+        defaults = {
+            "repeats": 1,
+            "frame_stride": 1,
+            "fps": None,
+            "window": "first",
+            "caption_column": None,
+            "maps": None,
+        }
         given = [name for name, value in defaults.items() if getattr(self, name) != value]
         if given and self.kind != "folder":
             raise ValueError(
                 f'data.{given[0]} is for the files of data.kind "folder", not for {self.kind!r}; leave it out'
+            )
+        if self.repeats > 1 and self.window == "first":
+            raise ValueError(
+                f"data.repeats={self.repeats} are the same clips again; add data.window random, or leave repeats out"
             )
 
 
@@ -231,7 +238,10 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "learning_rate"):
+        for name in (
+            *("steps", "batch_size", "gradient_accumulation_steps", "learning_rate"),
+            *("log_every", "save_every", "sample_every"),
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.timestep_shift <= 0:

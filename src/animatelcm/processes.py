@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PATIENCE = timedelta(hours=2)
-"""How long processes wait for one that samples, saves or encodes."""
+"""How long processes wait for one that samples or saves."""
 AGREE_EVERY = 10
 """Steps after which processes ask each other whether one was interrupted."""
 
@@ -39,6 +39,12 @@ def accelerator(config: TrainConfig) -> Accelerator:
             "ACCELERATE_USE_CPU=true where there is no GPU, or use accelerate launch -m animatelcm train ..."
         )
     return found
+
+
+def address(accelerator: Accelerator, number: int) -> int:
+    """Of the ``number``-th batch of this process among those of all: where it is drawn from. The batches of a step are
+    the same however processes share them."""
+    return number * accelerator.num_processes + accelerator.process_index
 
 
 def means(accelerator: Accelerator, found: list[dict[str, Tensor]]) -> dict[str, float]:

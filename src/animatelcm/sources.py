@@ -112,6 +112,8 @@ def _kept(config: TrainConfig, model: VideoModel, dataset: ClipDataset, rank: in
             processes=processes,
             progress=progress,
         )
+    if isinstance(dataset, FolderDataset):
+        dataset.notice(latents.sources(paths))
     return latents.kept_batches(paths)
 
 

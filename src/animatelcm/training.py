@@ -119,12 +119,10 @@ def _run(
     """Steps from ``state.step`` to the end, an interrupt or ``stop_after``."""
     source = open_source(config, model, accelerator.process_index, accelerator.num_processes)
     step_module, optimizer = accelerator.prepare(_Step(model, stages.objective(config, model, state)), state.optimizer)
-    draw = partial(
-        draw_indices, len(source.dataset), config.batch_size, seed=config.seed, rank=accelerator.process_index
-    )
+    draw = partial(draw_indices, len(source.dataset), config.batch_size, seed=config.seed, rank=0)
 
     def drawn(number: int) -> ClipBatch:
-        return source.batches(draw(step=number))
+        return source.batches(draw(step=processes.address(accelerator, number)))
 
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     main = accelerator.is_main_process
@@ -162,7 +160,7 @@ def gradients(
     of their losses, and the means of their figures. ``batches`` gives the batch of a number."""
     count, found = config.gradient_accumulation_steps, []
     for left, number in zip(reversed(range(count)), range(step * count, (step + 1) * count), strict=True):
-        draw = partial(generator, config.seed, number, accelerator.process_index)
+        draw = partial(generator, config.seed, processes.address(accelerator, number), 0)
         with accelerator.no_sync(step_module) if left else nullcontext():  # processes meet at the last one
             terms = step_module(batches(number), draw)
             accelerator.backward(terms.loss.mean() / count)
@@ -270,7 +268,7 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
     elif data.kind == "emoji-images":
         size = {"num_frames": 1}
     rows = [
-        sample(model, SampleRequest(prompt=prompt, seed=i, **size))[0].frames
+        sample(model, SampleRequest(prompt=prompt, prompt_syntax="plain", seed=i, **size))[0].frames
         for i, prompt in enumerate(config.sample_prompts)
     ]
     path = config.folder / "samples" / f"step-{step:08d}.png"

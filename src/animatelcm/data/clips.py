@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -116,6 +116,14 @@ class FolderDataset:
         named = [f"{source} ({self._reasons[source]})" for source in self.skipped[:_NAMED]]
         more = f" and {len(self._reasons) - _NAMED} more" if len(self._reasons) > _NAMED else ""
         return f"{said} {len(self._reasons)} skipped: {'; '.join(named)}{more}."
+
+    def notice(self, taken: Sequence[str]) -> None:
+        """Count as skipped what ``taken``, the source of each index's clip, has another file in place of: others, or
+        an earlier run, could not decode it."""
+        for index, source in enumerate(taken):
+            wanted = self._items[index % len(self._items)].source
+            if source != wanted:
+                self._reasons.setdefault(wanted, "could not be decoded when its latents were made")
 
     def _skip(self, source: str, error: ValueError) -> None:
         self._reasons[source] = str(error.__cause__ or error)

@@ -55,16 +55,17 @@ def encode_pieces(
     count = math.ceil(length / piece)
     paths = [folder / f"{number:05}.safetensors" for number in range(count)]
 
-    def tell(now: int = 0) -> None:
-        progress(min(length, piece * sum(path.is_file() for path in paths) + now), length)
+    def tell(done: int) -> None:
+        progress(min(done, length), length)
 
     for number in range(rank, count, processes):
         if not paths[number].is_file():
+            done = piece * sum(path.is_file() for path in paths)
             mine = range(number * piece, min((number + 1) * piece, length))
             calls = [mine[start : start + at_a_time] for start in range(0, len(mine), at_a_time)]
             with prefetched(lambda i, calls=calls: draw(calls[i]), 0, len(calls), workers) as batches:
-                _write(map(batches, range(len(calls))), encode, paths[number], tell)
-    _wait(paths, tell)
+                _write(map(batches, range(len(calls))), encode, paths[number], lambda n, done=done: tell(done + n))
+    _wait(paths, lambda: tell(piece * sum(path.is_file() for path in paths)))
     return paths
 
 
@@ -100,6 +101,15 @@ def _wait(paths: Sequence[Path], tell: Callable[[], None]) -> None:
     tell()
 
 
+def sources(paths: Sequence[Path]) -> list[str]:
+    """Where the clip of each index came from."""
+    found: list[str] = []
+    for path in paths:
+        with safe_open(str(path), framework="pt") as file:
+            found += json.loads(file.metadata()["sources"])
+    return found
+
+
 def kept_batches(paths: Sequence[Path]) -> Batches:
     """Batches of the latents in files, which are mapped into memory, not read: what a batch needs is fetched then."""
     captions: list[str] = []
@@ -109,13 +119,13 @@ def kept_batches(paths: Sequence[Path]) -> Batches:
         with safe_open(str(path), framework="pt") as file:
             said = file.metadata()
             captions += json.loads(said["captions"])
-            sources += json.loads(said.get("sources", "[]"))
+            sources += json.loads(said["sources"])
             latents.append(file.get_tensor("latents"))
     piece = len(latents[0])
 
     def batch(indices: Sequence[int]) -> ClipBatch:
         chosen = torch.stack([latents[i // piece][i % piece] for i in indices]).float()
-        known = tuple(sources[i] for i in indices) if sources else ()
-        return ClipBatch(captions=tuple(captions[i] for i in indices), latents=chosen, sources=known)
+        said = {"captions": tuple(captions[i] for i in indices), "sources": tuple(sources[i] for i in indices)}
+        return ClipBatch(latents=chosen, **said)
 
     return batch
