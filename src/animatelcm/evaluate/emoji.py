@@ -71,6 +71,7 @@ class Setting:
     def request(self, prompt: str, *, seed: int, num_frames: int | None = None) -> SampleRequest:
         return SampleRequest(
             prompt=prompt,
+            prompt_syntax="plain",  # as captions are in training
             sampler=self.sampler,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,
@@ -88,10 +89,12 @@ def sampled(model: VideoModel, setting: Setting, protocol: Protocol, shot: Shot,
     """The clip that is judged: of the shot's caption, steered by its real clip as the protocol has it."""
     num_frames = 1 if len(shot.poses) == 1 else None
     given = steered.condition(shot, protocol.pack, protocol.steer)
-    request = replace(setting.request(shot.caption, seed=seed, num_frames=num_frames), colour_match=0.0)
+    request = setting.request(shot.caption, seed=seed, num_frames=num_frames)
+    if given.image is not None:
+        request = replace(request, colour_match=0.0)
     (made,) = sample(model, request, condition=given)
     first = None if given.image is None else _through(model, given.image[None])[0]
-    return Take(made.frames, sum(made.seconds.values()), made.evaluations, first, made.request)
+    return Take(made.frames, sum(made.seconds.values()), made.evaluations, first, made.request, made.precision)
 
 
 def _real(pack: SpritePack, shot: Shot, seed: int) -> Take:

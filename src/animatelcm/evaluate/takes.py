@@ -41,6 +41,7 @@ class Take(NamedTuple):
     """The picture that was set in motion, through the autoencoder: uint8 (H, W, 3)."""
     request: SampleRequest | None = None
     """Resolved; without the files that steered it, as these were pixels."""
+    precision: str = ""
 
 
 def keep_clips(
@@ -70,7 +71,7 @@ def keep_clips(
         if take.request is not None and source is not None:
             given = steered.condition(shot, protocol.pack, protocol.steer)
             beside = folder / "real" / f"{name}-{protocol.steer}"
-            said |= recipe(_steered(take.request, given, beside, fps), source, __version__)
+            said |= recipe(_steered(take.request, given, beside, fps), source, __version__, take.precision)
         path = folder / stem / (name + (".png" if kind == "images" else ".mp4"))
         if kind == "images":
             video.write_image(take.frames[0], path, metadata=said, overwrite=True)

@@ -32,7 +32,7 @@ CAPTIONS: dict[str, str] = json.loads((ASSETS / "eval" / "ucf101.json").read_tex
 PER_CLASS = 24
 WHOLE, PAPERS_DRAW = 13_320, 2048
 """Videos that UCF-101 has, and how many of them the papers draw."""
-SETTINGS = {"num_frames": 16, "height": 512, "width": 512}
+SETTINGS = {"num_frames": 16, "height": 512, "width": 512, "prompt_syntax": "plain"}
 SPLITS = tuple(f"{part}{number}" for part in ("train", "test") for number in (1, 2, 3))
 _FILE = re.compile(r"v_\w+_g\d\d_c\d\d\.avi")
 _LAYOUT = "UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi and so on"

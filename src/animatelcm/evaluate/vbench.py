@@ -40,6 +40,7 @@ SETTINGS = {
     "height": 512,
     "width": 512,
     "negative_prompt": "bad quality, worse quality, low resolution",
+    "prompt_syntax": "plain",
 }
 """Of the published AnimateLCM row (VBench's ``sampled_videos/README.md``); its guidance is not said there."""
 
