@@ -135,6 +135,7 @@ def test_nothing_is_overwritten_without_force(folder, tmp_path, capsys):
         (["--sampler", "euler"], "euler"),
         (["--stpes", "4"], "--stpes"),
         (["--out", "x.avi2"], "avi2"),
+        (["--out", "x.gif", "--fps", "60", "--model", "nothing-here"], "fps=60.0, but .gif takes"),
     ],
 )
 def test_bad_input_is_a_sentence_and_status_2(words, named, folder, tmp_path, capsys, monkeypatch):

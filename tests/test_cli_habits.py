@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from animatelcm import cli, video
+from animatelcm.bundle import save
 from animatelcm.request import SampleRequest
+from animatelcm.terminal import step_bar
 from animatelcm.verbs import _free
 from test_cli import fails
 
@@ -126,6 +129,22 @@ def test_a_control_is_taken_at_the_speed_of_the_file(go, capsys):
     assert "a.webp: frames 0 to 3 of 6 (every 3rd, 4 fps)" in capsys.readouterr().err
 
 
+def test_a_models_own_speed_is_refused_before_anything_is_sampled(fresh_model, tmp_path, monkeypatch, capsys):
+    save(replace(fresh_model, facts=replace(fresh_model.facts, fps=60.0)), tmp_path / "model")
+    monkeypatch.setattr("animatelcm.sampling.drafts", lambda *_, **__: pytest.fail("it was sampled"))
+    words = ["generate", "a", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.gif")]
+    assert "fps=60.0, but .gif takes 0 < fps <= 50" in fails(words, capsys)
+
+
+def test_a_prompt_is_shown_as_it_is(monkeypatch, capsys):
+    """Rich's marks in it are letters."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    request = SampleRequest(prompt="a [/b] [red]dog", num_inference_steps=4)
+    with step_bar(request, quiet=False):
+        pass
+    assert "a [/b] [red]dog" in capsys.readouterr().err
+
+
 def test_a_prompt_may_begin_as_flags_do(go):
     go("--seed", "3", "--out", "a.webp", "--", "-fox")
     assert video.read_metadata("a.webp")["prompt"] == "-fox"
@@ -142,11 +161,14 @@ def test_the_numbers_that_were_computed_with_are_in_the_recipe(go, precision, ca
     assert (video.read(_again("a.webp")).frames == video.read("a.webp").frames).all()
 
 
-def test_home_is_where_a_tilde_points_behind_a_name_too(go, tmp_path, monkeypatch, capsys):
+def test_home_is_where_a_tilde_points_behind_a_name_too(go, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     go("a fox", "--out", "~/a.webp")
     go("a fox", "--video", "~/a.webp", "--out", "~/b.webp")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.webp", "b.webp"}
+    cli.main(["convert", "emoji", "~/motion.safetensors", "--to", "animatediff"])
+    cli.main(["fuse", "--model", folder, "--out=~/sum"])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.webp", "b.webp", "motion.safetensors", "sum"}
+    assert f"{tmp_path}/sum exists" in fails(["convert", "emoji", "~/sum", "--to", "bundle"], capsys)
     for words in (["--lora", "~/c.safetensors:0.5"], ["--adapter", "edge=~/c.safetensors"], ["--motion", "~/c.ckpt"]):
         message = fails(["generate", "a", *words, "--out", "c.webp"], capsys)
         assert f"{tmp_path}/c." in message

@@ -74,6 +74,12 @@ def test_what_is_missing_is_named(cache, source, named):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("what", ["model", "LoRA", "textual inversion"])
+def test_a_repository_that_is_missing_is_called_what_it_is(cache, what):
+    with pytest.raises(ValueError, match=f"^{what} 'owner/nothing' is neither"):
+        find("owner/nothing", what=what)
+
+
 @pytest.fixture
 def no_hub(monkeypatch):
     def asked(*_, **__):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from animatelcm import video
-from animatelcm.images import fitted, read_image
+from animatelcm.images import explained, fitted, read_image
 
 FITS = ("crop", "pad", "stretch")
 SHAPES = [(1, 1), (1, 5000), (5000, 1), (7, 5), (64, 64), (31, 100), (333, 77)]
@@ -170,6 +171,21 @@ def test_the_limit_of_pixels_is_one_that_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 199)
     with pytest.raises(ValueError, match="has 200 pixels, more than the 199"):
         read_image(tmp_path / "a.png")
+
+
+def test_readers_at_once_leave_warnings_as_they_were(tmp_path):
+    paths = [png_that_claims(tmp_path / f"{i}.png", 10_000, 10_000) for i in range(2)]
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        first, second = map(explained, paths)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)  # in another order than they began
+        with ThreadPoolExecutor(4) as threads:
+            tasks = [threads.submit(read_image, path) for path in paths * 100]
+        assert all("has 100,000,000 pixels" in str(task.exception()) for task in tasks)
+        assert warnings.filters == before
 
 
 def test_what_is_no_picture_is_said_in_one_sentence(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,23 @@ def test_a_fused_model_is_read_back_bit_for_bit(fused, tmp_path):
         spatial = {name: value for name, value in network.state_dict().items() if "motion_modules" not in name}
         assert same_state(one.networks[part].state_dict(), spatial)
     assert {info.dtype for info in read_header(made.path).values()} == {"F16"}
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["edge"], ", adapters (in adapters/)"),
+        (["i2v"], ", image encoder (--to animatediff --part i2v)"),
+        (["edge", "i2v"], ", image encoder (--to animatediff --part i2v), adapters (in adapters/)"),
+    ],
+)
+def test_adapters_that_are_left_out_are_named(fused, tmp_path, names, said):
+    shutil.copytree(fused, tmp_path / "model")
+    for name in names:
+        (tmp_path / "model" / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "model" / "adapters" / name / "config.json").write_text("{}")
+    made = convert(tmp_path / "model", tmp_path / "one.safetensors", to="checkpoint")
+    assert made.kind.endswith(f"without temporal layers (--to animatediff){said}")
 
 
 def test_diffusers_reads_it_as_the_folder(fused, tmp_path):

@@ -54,11 +54,19 @@ def test_a_negative_prompt_is_one_for_all_or_one_for_each(pipe):
         ({"prompt": "a", "generator": 3}, "generator is a int"),
         ({"prompt": "a", "generator": [torch.Generator()]}, "generator is a list"),
         ({"prompt": "a", "generator": torch.Generator(), "seed": 3}, "generator and seed are one setting"),
+        ({"prompt": ["a", "b"], "seed": 2**63 - 1}, "for 2 videos, which count on from it; choose 0..2\\*\\*63 - 2"),
+        ({"prompt": ["a", "b"], "seed": 2**63 - 3, "num_videos_per_prompt": 2}, "for 4 videos"),
     ],
 )
-def test_what_cannot_be_is_a_sentence(pipe, given, named):
+def test_what_cannot_be_is_a_sentence_before_anything_is_made(pipe, given, named, monkeypatch):
+    monkeypatch.setattr("animatelcm.pipeline.drafts", lambda *_, **__: pytest.fail("it was sampled"))
     with pytest.raises(ValueError, match=named):
         pipe(**given, **SMALL)
+
+
+def test_a_generators_seed_of_64_bits_loses_one(pipe):
+    (video,) = pipe("a fox", generator=torch.Generator().manual_seed(2**64 - 5), **SMALL)
+    assert video.request.seed == 2**63 - 5
 
 
 def test_a_generator_gives_its_seed(pipe):

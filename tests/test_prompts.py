@@ -155,6 +155,7 @@ def test_learned_words_are_found_whole_and_stay_in_one_chunk():
         ("a [cat|dog]", r"\[cat\|dog\] in a prompt"),
         ("a parrot (born:1985)", "'born' weighs 1985 in a prompt; choose -10 to 10"),
         ("(((a:3):3):3)", "weighs 27"),
+        (f"((a:0):{'9' * 400})", "'a' weighs nan"),
     ],
 )
 def test_marks_that_do_nothing_here_are_refused_before_anything_is_loaded(prompt, said):

@@ -207,6 +207,14 @@ def test_a_picture_is_fitted_as_requests_say():
     assert get_args(request.Fit) == get_args(images.Fit)
 
 
+@pytest.mark.parametrize("count", [1, 2, 10_000])
+def test_the_last_seed_is_one_that_is_known(count):
+    last = SampleRequest(prompt="a", seed=2**63 - count, num_videos_per_prompt=count).singles()[-1]
+    assert last.seed == 2**63 - 1
+    with pytest.raises(ValueError, match=rf"seed={2**63 - count + 1} is out of range.*0\.\.2\*\*63 - {count},"):
+        SampleRequest(prompt="a", seed=2**63 - count + 1, num_videos_per_prompt=count)
+
+
 def test_a_seed_of_minus_one_is_drawn_once():
     asked = SampleRequest(prompt="a", seed=-1, num_videos_per_prompt=3)
     drawn = [asked.resolved(FACTS) for _ in range(20)]

@@ -87,6 +87,16 @@ def test_a_plain_layer_may_stand_beside_them_and_an_alpha_be_absent(tmp_path):
     torch.testing.assert_close(lora["unet.conv_in"].delta(delta.shape), delta, atol=0.02, rtol=0.01)
 
 
+def test_pefts_own_file_is_refused_for_its_scale_is_beside_it(tmp_path):
+    _, state, _ = _drawn("LoKr", r=2, alpha=6)
+    save_file(
+        {key: value for key, value in state.items() if "alpha" not in key}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text('{"alpha": 6, "r": 2}')
+    with pytest.raises(ValueError, match=r"scale of PEFT's LoHa and LoKr is in its adapter_config\.json"):
+        read_lora(tmp_path / "adapter_model.safetensors", MODULES)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

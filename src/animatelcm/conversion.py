@@ -114,7 +114,7 @@ def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: st
         _check_file(out)
         model = load(place, dtype=dtype, image_scale=0.0, adapters=(), keep_teacher=False, vae=vae)
         write_checkpoint(model, out, dtype)
-        return Converted(path=out, kind=f"checkpoint (LDM's keys){_left_out(model)}", sha256=sha256(out))
+        return Converted(path=out, kind=f"checkpoint (LDM's keys){_left_out(model, place)}", sha256=sha256(out))
     _refuse_vae(vae, repr(to))
     if to == "animatediff":
         return _motion_of_model(place, out, dtype, part)
@@ -127,12 +127,15 @@ def _from_model(place: Path, out: Path, to: Target, dtype: torch.dtype, part: st
     return _from_lora(file, out, to, dtype)
 
 
-def _left_out(model: VideoModel) -> str:
+def _left_out(model: VideoModel, place: Path) -> str:
     """What of a model is not in its checkpoint, and how it becomes a file of its own: the end of a sentence."""
+    adapters = {path.parent.name for path in (place / ADAPTERS).glob("*/config.json")}
     parts = {
         "temporal layers (--to animatediff)": model.unet.motion is not None,
         "image acceleration (--to kohya)": bool(model.image_lora),
         "styles (--to kohya --part NAME)": bool(model.styles),
+        f"image encoder (--to animatediff --part {IMAGE})": IMAGE in adapters,
+        f"adapters (in {ADAPTERS}/)": bool(adapters - {IMAGE}),
     }
     left = [name for name, there in parts.items() if there]
     return f" without {', '.join(left)}" if left else ""

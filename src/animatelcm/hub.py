@@ -49,7 +49,7 @@ def find(source: str | Path, files: list[str] = MODEL_FILES, what: str = "model"
             f"no {what} {text!r}: give {EMBEDDED.get(what, '')}an existing file or folder, a hub id such as "
             "'owner/name', or a file there such as 'owner/name/file.safetensors'"
         )
-    return _file(f"{owner}/{name}", path, revision) if path else _repository(f"{owner}/{name}", files)
+    return _file(f"{owner}/{name}", path, revision) if path else _repository(f"{owner}/{name}", files, what)
 
 
 def _is_path(text: str) -> bool:
@@ -73,7 +73,7 @@ def _file(repository: str, path: str, revision: str) -> Path:
         ) from error
 
 
-def _repository(repository: str, files: list[str]) -> Path:
+def _repository(repository: str, files: list[str], what: str) -> Path:
     """A repository's files: full-precision safetensors where each of its folders has them, else all that it has."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -86,7 +86,7 @@ def _repository(repository: str, files: list[str]) -> Path:
                 break
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise ValueError(
-            f"model {repository!r} is neither a folder, nor in the local cache, nor reachable ({_first_line(error)})"
+            f"{what} {repository!r} is neither a folder, nor in the local cache, nor reachable ({_first_line(error)})"
         ) from error
     return folder
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Literal, NamedTuple, get_args
 
 import av
@@ -39,6 +40,7 @@ _DECODER_ERRORS = (
     struct.error,
 )
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_OPENING = Lock()  # what becomes of a warning is the whole process's, and threads read pictures
 _LABEL_HEIGHT = 14  # pixels: a line of Pillow's default font
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -55,7 +57,7 @@ def read_image(path: str | Path) -> np.ndarray:
     More pixels than Pillow's ``Image.MAX_IMAGE_PIXELS`` are an error, before any is decoded.
     """
     path = at_home(path)
-    with explained(path), Image.open(path) as image:
+    with explained(path), opened(path) as image:
         return rgb(ImageOps.exif_transpose(image))
 
 
@@ -223,15 +225,20 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} exists already; choose another name, or ask to overwrite it (--force)")
 
 
+def opened(path: Path) -> Image.Image:
+    """A picture of which no pixel is decoded yet. Raises Pillow's warning where there are too many, as an error."""
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Whatever a decoder complains of becomes one sentence that names the file."""
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     except _TOO_LARGE as error:
         pixels = int(re.findall(r"\d+", str(error))[0])
         raise ValueError(

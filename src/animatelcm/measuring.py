@@ -53,8 +53,9 @@ class EvalEmoji:
         from animatelcm.evaluate import emoji
         from animatelcm.evaluate.judge import Protocol
         from animatelcm.evaluate.report import file_stem, summary, table, write_json
-        from animatelcm.video import write_image
+        from animatelcm.images import at_home, write_image
 
+        out = at_home(self.out)
         settings = [emoji.Setting.parse(text) for text in self.settings]
         protocol = Protocol(clips=self.clips, real=self.real, style_truth=self.style_truth, steer=self.steer)
         model = load(self.source, self.device)
@@ -65,7 +66,7 @@ class EvalEmoji:
                 shlex.join(self.source.words()[1:]),
                 settings=settings,
                 protocol=protocol,
-                out=self.out,
+                out=out,
                 kinds=self.kinds,
                 ceilings=self.ceilings,
                 keep=self.keep,
@@ -75,9 +76,9 @@ class EvalEmoji:
             )
             for setting in settings if self.sheet else []:
                 sheet = emoji.contact_sheet(model, setting, progress)
-                write_image(sheet, self.out / f"sheet-{file_stem(str(setting))}.png", overwrite=True)
+                write_image(sheet, out / f"sheet-{file_stem(str(setting))}.png", overwrite=True)
         report = summary(rows, protocol.facts, emoji.versions())
-        write_json(report, self.out / "report.json")
+        write_json(report, out / "report.json")
         say(json.dumps(report) if self.json else table(rows))
 
 
@@ -141,12 +142,13 @@ class Reproduce:
     def run(self) -> None:
         from functools import partial
 
+        from animatelcm.images import at_home
         from animatelcm.reproduce.page import reproduce
         from animatelcm.reproduce.study import QUICK, Sizes, Study
 
-        sizes = QUICK if self.quick else Sizes()
+        sizes, progress = QUICK if self.quick else Sizes(), partial(bars, quiet=False)
         with told(quiet=False):
-            page = reproduce(Study(out=self.out, sizes=sizes, device=self.device, bars=partial(bars, quiet=False)))
+            page = reproduce(Study(out=at_home(self.out), sizes=sizes, device=self.device, bars=progress))
         say(f"{page}; animatelcm report {self.out} makes it a page to look at")
 
 
@@ -168,9 +170,10 @@ class Report:
     """Print one JSON object instead of a sentence."""
 
     def run(self) -> None:
+        from animatelcm.images import at_home
         from animatelcm.page import document
 
-        out = document.write(self.folder, self.out, title=self.title, embed=self.embed)
+        out = document.write(at_home(self.folder), self.out and at_home(self.out), title=self.title, embed=self.embed)
         said = {"page": str(out), "bytes": out.stat().st_size}
         say(json.dumps(said) if self.json else f"page in {out}")
         if self.open:

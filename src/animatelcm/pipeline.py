@@ -17,7 +17,7 @@ from animatelcm import decoding
 from animatelcm.condition import Control, read, with_pixels
 from animatelcm.memory import load_for
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, Offload, SampleRequest, Video
+from animatelcm.request import ModelSource, Offload, SampleRequest, Video, check_seed
 from animatelcm.sampling import drafts, warn_of
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class Pipeline:
 
         ``seed`` is the first video's, and all others count on from it: the j-th of ``num_videos_per_prompt = n`` videos
         of prompt i has ``seed + n * i + j``. ``negative_prompt`` is one for all, or one for each. ``generator``, of the
-        CPU, gives its ``initial_seed()`` as the seed: a call draws nothing from it, so two calls make the same videos.
+        CPU, gives its ``initial_seed() % 2**63`` as the seed: a call draws nothing from it, so two calls make the same
+        videos.
         ``image``, ``control`` and ``video`` take files, or pixels: a PIL image or uint8 (H, W, 3), a uint8 (F, H, W, 3)
         to begin from, and of controls ``{"edge": frames}``, from which maps are made, or ``Control``s with maps that
         are ready (``condition.with_pixels``). Pixels are not in the request that a video carries. What is asked for in
@@ -110,6 +111,7 @@ class Pipeline:
         files = {name: str(value) for name, value in files.items() if isinstance(value, str | Path)}
         first = SampleRequest(prompt=prompts[0], negative_prompt=negatives[0], control=texts, **files, **request)
         first = first.resolved(self.model.facts, self.model.downscale)
+        check_seed(first.seed, len(prompts) * first.num_videos_per_prompt)
         condition = with_pixels(
             read(first, self.model),
             first,
@@ -146,7 +148,7 @@ def _with_seed_of(generator: torch.Generator, request: Mapping[str, Any]) -> dic
     if generator.device.type != "cpu" or "seed" in request:
         what = "generator and seed are one setting" if "seed" in request else f"generator is on {generator.device}"
         raise ValueError(f"{what}; {said}")
-    return {**request, "seed": generator.initial_seed()}
+    return {**request, "seed": generator.initial_seed() % 2**63}
 
 
 def _check_known(

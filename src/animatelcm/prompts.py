@@ -61,7 +61,7 @@ def sections(prompt: str, syntax: Syntax = "a1111") -> list[list[Piece]]:
     for bracket, places in opened.items():
         for place in places:
             _weigh(pieces, place, FACTORS[bracket])
-    if odd := [piece for piece in pieces if abs(piece.weight) > MOST]:
+    if odd := [piece for piece in pieces if not abs(piece.weight) <= MOST]:  # or is NaN
         raise ValueError(
             f"{odd[0].text[:40]!r} weighs {odd[0].weight:g} in a prompt; choose {-MOST:g} to {MOST:g}, or write "
             "\\( and \\) for brackets that are letters"

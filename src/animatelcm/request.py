@@ -251,8 +251,7 @@ class SampleRequest:
             raise ValueError(f"sampler={self.sampler!r} is not one of {', '.join(get_args(Sampler))}")
         if self.spacing not in get_args(Spacing):
             raise ValueError(f"spacing={self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
-        if not -1 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} is out of range; choose 0..2**63 - 1, or -1 to have one drawn")
+        check_seed(self.seed, self.num_videos_per_prompt)
         if self.fps is not None and not 0.001 <= self.fps <= 1000:
             raise ValueError(f"fps={self.fps} is out of range; choose 0.001..1000")
 
@@ -349,6 +348,13 @@ def unused(request: SampleRequest, *, image: bool | None = None, video: bool | N
         for name, (idle, why) in said.items()
         if idle and getattr(request, name) != getattr(plain, name)
     ]
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raises ValueError where a seed, or one of ``count`` that count on from it, is none; -1 is one to be drawn."""
+    if not -1 <= seed <= 2**63 - count:
+        said = f" for {count} videos, which count on from it" if count > 1 else ""
+        raise ValueError(f"seed={seed} is out of range{said}; choose 0..2**63 - {count}, or -1 to have one drawn")
 
 
 def parse_size(text: str, name: str = "size") -> tuple[int, int]:

@@ -49,10 +49,12 @@ def load(
 def step_bar(request: SampleRequest, *, quiet: bool) -> Iterator[Callable[[Preview], None]]:
     """A bar on stderr for the steps of a resolved request."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), disable=quiet, transient=True) as bar:
-        task = bar.add_task(request.prompt, total=request.num_inference_steps * request.num_videos_per_prompt)
+        steps = request.num_inference_steps * request.num_videos_per_prompt
+        task = bar.add_task(escape(request.prompt), total=steps)
         yield lambda preview: bar.advance(task, len(preview.latents))
 
 

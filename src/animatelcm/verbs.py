@@ -56,8 +56,9 @@ class Generate:
         from animatelcm.sampling import drafts
 
         targets = _free(self.request, force=self.force) if self.out is None else _targets(self.out, self.request)
-        for target in targets:  # which length the model chooses is not known yet
-            video.check_path(target, overwrite=self.force, num_frames=self.request.num_frames or 1)
+        asked = {"num_frames": self.request.num_frames or 1, "fps": self.request.fps}
+        for target in targets:  # which length and speed the model chooses is not known yet
+            video.check_path(target, overwrite=self.force, **asked)
         began = time.perf_counter()
         request = _sized(self.request, self.size)
         with told(quiet=self.json):
@@ -66,7 +67,8 @@ class Generate:
             model = load(self.source, self.device, keep=False, **options)
             model.compile = self.compile
             request = request.resolved(model.facts, model.downscale)
-            video.check_path(targets[0], overwrite=self.force, num_frames=request.num_frames)
+            fps = request.fps or model.facts.fps
+            video.check_path(targets[0], overwrite=self.force, num_frames=request.num_frames, fps=fps)
             for warning in (warnings := unused(request)):
                 LOG.warning("%s", warning)
             condition = read(request, model)
@@ -223,17 +225,20 @@ class Fuse:
     """Replace a model folder that exists."""
 
     def run(self) -> None:
-        if self.out.exists() and not (self.force and (self.out / "model_index.json").is_file()):
-            raise ValueError(f"{self.out} exists; choose another name, or add --force to replace a model folder")
+        from animatelcm.images import at_home
+
+        out = at_home(self.out)
+        if out.exists() and not (self.force and (out / "model_index.json").is_file()):
+            raise ValueError(f"{out} exists; choose another name, or add --force to replace a model folder")
         if self.source.embedding:
             raise ValueError("a model folder has no room for textual inversions; give --embedding to generate instead")
         from animatelcm.bundle import check_folder, save, scheduler_of
         from animatelcm.fusion import baked
 
-        check_folder(self.out)
+        check_folder(out)
         model = baked(load(self.source, "cpu", keep=False))
-        save(model, self.out, scheduler=scheduler_of(model))
-        say(f"model in {self.out}")
+        save(model, out, scheduler=scheduler_of(model))
+        say(f"model in {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,14 +280,17 @@ class Convert:
     """Print one JSON object instead of a sentence."""
 
     def run(self) -> None:
-        if self.out.exists() and not self.force:
-            raise ValueError(f"{self.out} exists; choose another name, or add --force to replace it")
+        from animatelcm.images import at_home
+
+        out = at_home(self.out)
+        if out.exists() and not self.force:
+            raise ValueError(f"{out} exists; choose another name, or add --force to replace it")
         import torch
 
         from animatelcm.conversion import convert
 
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[self.dtype]
-        made = convert(self.source, self.out, to=self.to, dtype=dtype, part=self.part, vae=self.vae)
+        made = convert(self.source, out, to=self.to, dtype=dtype, part=self.part, vae=self.vae)
         facts = {key: str(value) for key, value in asdict(made).items() if value}
         say(
             json.dumps(facts)

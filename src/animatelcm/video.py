@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from animatelcm.images import (
     IMAGE_SUFFIXES,
@@ -27,6 +26,7 @@ from animatelcm.images import (
     checked_pixels,
     contact_sheet,
     explained,
+    opened,
     read_image,
     replacing,
     rgb,
@@ -42,6 +42,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Footage",
     "Header",
+    "check_fps",
     "check_path",
     "contact_sheet",
     "probe",
@@ -97,14 +98,11 @@ def write(
     its own scale, 100 being lossless. A gif of <= 256 colours a frame and png are exact.
     """
     chunks, count = _in_chunks(frames, num_frames)
-    path = check_path(path, overwrite=overwrite, num_frames=count)
-    kind, rate = path.suffix.lower(), to_fraction(fps)
-    most = _MAX_FPS.get(kind, _MAX_FPS[""])
-    if not 0 < rate <= most:
-        raise ValueError(f"fps={fps}, but {kind or 'a png sequence'} takes 0 < fps <= {most}")
+    path = check_path(path, overwrite=overwrite, num_frames=count, fps=fps)
+    kind = path.suffix.lower()
     if quality is not None and (kind not in (".mp4", ".webp") or not 0 <= quality <= 100):
         raise ValueError(f"quality={quality}: .mp4 and .webp take 0..100, .gif, pictures and png sequences take none")
-    note = Note.checked(metadata, rate, count)
+    note = Note.checked(metadata, to_fraction(fps), count)
     with replacing(path) as partial:
         _WRITERS[kind](chunks, partial, note, DEFAULT_QUALITY if quality is None else quality)
     return path
@@ -165,7 +163,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return probe(path).metadata
 
 
-def check_path(path: str | Path, *, overwrite: bool = False, num_frames: int | None = None) -> Path:
+def check_path(
+    path: str | Path, *, overwrite: bool = False, num_frames: int | None = None, fps: float | Fraction | None = None
+) -> Path:
     """Say now, rather than after the work, why a video could not be written at ``path``; a picture can where it has
     one frame. ``~`` is whose home it is."""
     path = at_home(path)
@@ -177,12 +177,21 @@ def check_path(path: str | Path, *, overwrite: bool = False, num_frames: int | N
         raise ValueError(f"cannot write {path.name!r}: choose .mp4, .gif, .webp, or no suffix for a png sequence")
     if (length := len(os.fsencode(path.name))) > LONGEST_NAME:
         raise ValueError(f"the name {path.name[:20]!r}... has {length} bytes; choose one of {LONGEST_NAME} at most")
+    if fps is not None:
+        check_fps(fps, kind)
     names = [file.name for file in path.iterdir()] if path.is_dir() else None
     if strange := [name for name in names or () if not re.fullmatch(r"\d{5,}\.png|metadata\.json", name)]:
         raise ValueError(f"the folder {path} holds more than a png sequence, e.g. {strange[0]!r}; choose another")
     if names != []:
         check_free(path, overwrite)
     return path
+
+
+def check_fps(fps: float | Fraction, kind: str) -> None:
+    """Raises ValueError where files of this suffix ("": png sequences) cannot show as many frames a second."""
+    most = _MAX_FPS.get(kind, _MAX_FPS[""])
+    if not 0 < to_fraction(fps) <= most:
+        raise ValueError(f"fps={fps}, but {kind or 'a png sequence'} takes 0 < fps <= {most}")
 
 
 def _kind(path: Path) -> str:
@@ -209,7 +218,7 @@ def _write_webp(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: i
 
 
 def _probe_animation(path: Path) -> Header:
-    with Image.open(path) as image:
+    with opened(path) as image:
         note, stored = Note.of(image), getattr(image, "n_frames", 1)
     if note.fps is not None or stored == 1:
         return Header(note.num_frames, note.fps, note.metadata)
@@ -221,7 +230,7 @@ def _read_animation(path: Path, window: Window) -> Decoded:
     if path.suffix.lower() == ".gif" and path.read_bytes().rstrip(b"\0")[-1:] != b";":
         raise ValueError("its end is missing")
     images, ends = [], [0]
-    with Image.open(path) as image:
+    with opened(path) as image:
         note = Note.of(image)
         for index in range(getattr(image, "n_frames", 1)):
             image.seek(index)
@@ -270,7 +279,7 @@ def _write_picture(file_format: str, chunks: Iterator[np.ndarray], path: Path, n
 
 
 def _probe_image(path: Path) -> Header:
-    with Image.open(path) as image:
+    with opened(path) as image:
         return Header(1, None, Note.of(image).metadata)
 
 

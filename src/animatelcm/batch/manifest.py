@@ -18,6 +18,7 @@ from animatelcm import __version__
 from animatelcm.batch.engine import About, Made
 from animatelcm.batch.rows import Row
 from animatelcm.images import at_home
+from animatelcm.video import check_fps
 
 MANIFEST = "manifest.jsonl"
 
@@ -28,6 +29,7 @@ def plan(row: Row, about: About, suffix: str, contents: dict[str, str]) -> tuple
         return row, {}
     try:
         request = row.request.resolved(about.facts, about.cell)
+        check_fps(request.fps or about.facts.fps, suffix)
     except ValueError as error:
         return row._replace(request=None, error=str(error)), {}
     paths = {request.image, request.video, *(control.file for control in request.controls())} - {""}

@@ -127,10 +127,10 @@ def _values(cells: dict[str, Any]) -> dict[str, Any]:
     """Cells by column -> values by field. Raises ValueError where a value is of another kind than its field."""
     names, hints = _names(), get_type_hints(SampleRequest)
     values: dict[str, Any] = {}
-    if size := cells.get("size"):
+    if "size" in cells:
         if {"width", "height"} & cells.keys():
             raise ValueError("size is width and height; give it, or both of these")
-        width, height = parse_size(_value("size", size, str))
+        width, height = parse_size(_value("size", cells["size"], str))
         cells = {name: given for name, given in cells.items() if name != "size"} | {"width": width, "height": height}
     for name, given in cells.items():
         if names[name] in values:

@@ -85,6 +85,11 @@ def read_lora(path: Path, modules: Iterable[str]) -> Lora:
     """
     state, known = read_state(path), names(modules)
     products = take_products(path, state, known)
+    if products and path.stem == "adapter_model" and (path.parent / lora_peft.CONFIG).is_file():
+        raise ValueError(
+            f"{path}: the scale of PEFT's LoHa and LoKr is in its {lora_peft.CONFIG}, which is read for LoRAs alone; "
+            "give a file that holds its alphas, as LyCORIS writes it"
+        )
     keys = {key: parsed for key in sorted(state) if (parsed := parse(key))}
     if state or not products:
         _check(path, state, keys, known)

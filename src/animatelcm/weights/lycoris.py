@@ -1,4 +1,4 @@
-"""LoHa and LoKr files: changes of weights that are products of two matrices, with LyCORIS' keys (and PEFT's).
+"""LoHa and LoKr files: changes of weights that are products of two matrices, with LyCORIS' keys.
 
 LoHa (FedPara, section 2.2) multiplies number by number, LoKr (LyCORIS, section 4) is a Kronecker product. Either matrix
 is stored in full (``w1``), as two factors (``w1_a``, ``w1_b``), or for convolutions as two and a core (Tucker: ``t1``).
