@@ -19,7 +19,7 @@ import tyro
 from animatelcm.bench import inference
 from animatelcm.bench.inference import Case, Subject
 from animatelcm.memory import best_dtype
-from animatelcm.request import Precision
+from animatelcm.model_source import Precision
 from animatelcm.sampling import best_device
 
 

@@ -28,7 +28,8 @@ from animatelcm import video
 from animatelcm.assembly import load_sum
 from animatelcm.consistency import renoise
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.model_source import ModelSource
+from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample
 from animatelcm.schedule import NoiseSchedule

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from animatelcm import batch
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 
 SMALL = ("frames=2", "steps=1", "guidance=1")
 SOURCE = ModelSource()

@@ -12,7 +12,9 @@ import numpy as np
 
 from animatelcm import video
 from animatelcm.evaluate.report import Row, facts_hash, row_path, summary, write_json, write_row
-from animatelcm.request import ModelSource, SampleRequest, recipe
+from animatelcm.model_source import ModelSource
+from animatelcm.provenance import recipe
+from animatelcm.request import SampleRequest
 
 FACTS = {"metric": "emoji", "counts": {"clips": 4, "real": 16}, "styles": ["a", "b", "c"], "sheet": ""}
 ROW = Row(

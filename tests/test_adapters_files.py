@@ -19,9 +19,9 @@ from animatelcm.assembly import load_sum
 from animatelcm.bundle import load, save
 from animatelcm.inspection import describe
 from animatelcm.ldm import read_checkpoint
+from animatelcm.model_source import ModelSource
 from animatelcm.nets.adapters import control_hints, t2i_hints
 from animatelcm.nets.unet import UNetConfig
-from animatelcm.request import ModelSource
 from standins import SMALL, fill
 
 TEXT = 64

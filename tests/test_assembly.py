@@ -28,8 +28,9 @@ from animatelcm.assembly import load_sum, with_temporal_layers
 from animatelcm.bench import peers
 from animatelcm.bundle import ASSETS, save
 from animatelcm.conversion import convert
+from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample_steps
 from animatelcm.schedule import NoiseSchedule

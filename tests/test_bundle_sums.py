@@ -12,7 +12,7 @@ from animatelcm.assembly import load_sum
 from animatelcm.bundle import load, save
 from animatelcm.fusion import baked, base_state, fuse
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 from animatelcm.weights.files import State, read_safetensors
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import Lora, LoraLayer

@@ -15,8 +15,9 @@ from animatelcm.assembly import load_sum
 from animatelcm.bundle import load, save
 from animatelcm.config import TrainConfig
 from animatelcm.data.batches import draw_indices
+from animatelcm.model_source import ModelSource
 from animatelcm.nets.lora import layers
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample

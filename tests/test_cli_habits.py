@@ -193,7 +193,7 @@ def test_a_batch_takes_what_generate_takes(folder, tmp_path, capsys, monkeypatch
 def test_a_batch_hands_offload_and_compile_on(where, folder, tmp_path, monkeypatch):
     from animatelcm import cluster
     from animatelcm.batch import engine, read_rows
-    from animatelcm.request import ModelSource
+    from animatelcm.model_source import ModelSource
 
     def seen(model, request, **options):
         asked.append((model.compile, options["offload"]))

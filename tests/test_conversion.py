@@ -16,7 +16,7 @@ import standins
 from animatelcm.assembly import load_sum, with_temporal_layers
 from animatelcm.bundle import load
 from animatelcm.conversion import convert
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 from animatelcm.verbs import Fuse
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify

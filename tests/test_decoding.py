@@ -14,7 +14,8 @@ import torch
 from animatelcm import decoding, memory, video
 from animatelcm.colour import aligned
 from animatelcm.decoding import Draft, ahead, frames, whole
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.model_source import ModelSource
+from animatelcm.request import SampleRequest
 from test_condition import clip
 
 SOURCE = ModelSource(model="some/model", decoder="tiny")

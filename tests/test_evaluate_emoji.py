@@ -16,7 +16,7 @@ from animatelcm.evaluate.emoji import Setting, contact_sheet, evaluate, fingerpr
 from animatelcm.evaluate.judge import PROMPT_SEED, Protocol
 from animatelcm.evaluate.report import read_row
 from animatelcm.model import with_motion
-from animatelcm.request import Video
+from animatelcm.provenance import Video
 from animatelcm.schedule import NoiseSchedule
 
 PROTOCOL = Protocol(clips=3, real=4, concepts=("parrot", "banana", "rocket", "zebra"))

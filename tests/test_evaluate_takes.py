@@ -16,7 +16,8 @@ from animatelcm.evaluate import emoji, steered
 from animatelcm.evaluate.emoji import Setting, evaluate
 from animatelcm.evaluate.judge import PROMPT_SEED, Protocol
 from animatelcm.evaluate.takes import Take, keep_clips, kept_clips
-from animatelcm.request import ControlSource, ModelSource
+from animatelcm.model_source import ModelSource
+from animatelcm.request import ControlSource
 from results import request
 
 FEW = ("parrot", "banana", "rocket", "zebra")

@@ -16,7 +16,7 @@ from animatelcm.batch import engine
 from animatelcm.evaluate import fvd, rows, ucf101, zero_shot
 from animatelcm.evaluate.clipsim import load_clip, similarities
 from animatelcm.evaluate.folders import chosen
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 from test_evaluate_clipsim import random_clip
 from test_evaluate_fvd import detector
 from test_evaluate_ucf101 import LENGTHS, avi

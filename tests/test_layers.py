@@ -15,7 +15,9 @@ ROWS = [
     {"nets", "weights", "data", "video", "images", "streams", "colour", "control_maps", "hub"},
     {
         "config",
+        "model_source",
         "request",
+        "provenance",
         "prompts",
         "model",
         "building",

@@ -16,8 +16,8 @@ from animatelcm.bundle import load, save
 from animatelcm.conversion import convert
 from animatelcm.fusion import baked
 from animatelcm.ldm import write_checkpoint
+from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
-from animatelcm.request import ModelSource
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
 from animatelcm.weights.ldm_keys import TEXT, UNET, VAE, ldm_unet, ldm_vae

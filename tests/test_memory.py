@@ -10,7 +10,8 @@ from torch import nn
 
 from animatelcm import memory
 from animatelcm.condition import Condition, Control
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.model_source import ModelSource
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
 from test_condition import beside, clip
 

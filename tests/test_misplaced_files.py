@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import standins
 from animatelcm.assembly import load_sum
 from animatelcm.hub import ASSETS
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 
 VAE = ASSETS / "emoji" / "model" / "vae"
 

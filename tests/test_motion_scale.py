@@ -13,8 +13,10 @@ from animatelcm.assembly import load_sum
 from animatelcm.bundle import ADAPTERS, save
 from animatelcm.condition import Condition
 from animatelcm.evaluate.emoji import fingerprint
+from animatelcm.model_source import ModelSource
 from animatelcm.nets.image_encoder import ImageEncoderConfig
-from animatelcm.request import ModelSource, SampleRequest, command
+from animatelcm.provenance import command
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
 from test_condition import beside, clip
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from animatelcm.model_source import ModelSource
 from animatelcm.prompts import Piece, chunks, sections
-from animatelcm.request import ModelSource, SampleRequest, command
+from animatelcm.provenance import command
+from animatelcm.request import SampleRequest
 
 LETTERS = "ab ,.\n'é日"
 

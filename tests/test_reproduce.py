@@ -17,10 +17,10 @@ from animatelcm.data.emoji import drawn
 from animatelcm.data.sprites import SpritePack
 from animatelcm.evaluate.judge import PROMPT_SEED, Protocol
 from animatelcm.evaluate.prompts import prompts
+from animatelcm.model_source import ModelSource
 from animatelcm.reproduce import bias, learned, page, plots, sampled, study
 from animatelcm.reproduce.claims import Claim, Section, all_of, claims_table, share_deviation, verdict
 from animatelcm.reproduce.study import QUICK, Sizes, Study
-from animatelcm.request import ModelSource
 from animatelcm.schedule import NoiseSchedule
 
 ROW = replace(results.ROW, n=64, motion_accuracy=0.9, fvd_like=600.0, fvd_floor=450.0, control_error=0.2)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from animatelcm import images, request
 from animatelcm.model import Facts
-from animatelcm.request import ControlSource, ModelSource, SampleRequest, command, parse_size, recipe, unused
+from animatelcm.model_source import ModelSource
+from animatelcm.provenance import command, recipe
+from animatelcm.request import ControlSource, SampleRequest, parse_size, unused
 
 FACTS = Facts(name="x", width=64, height=64, num_frames=16, num_inference_steps=25, guidance_scale=4.0)
 

@@ -15,7 +15,7 @@ from animatelcm.assembly import load_sum
 from animatelcm.conversion import convert
 from animatelcm.fusion import fuse
 from animatelcm.inspection import describe
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 
 
 class _Payload:

@@ -10,7 +10,9 @@ from animatelcm import cli, recipes
 from animatelcm.config import AdapterConfig, ConsistencyConfig, DataConfig, LoraConfig, TrainConfig
 from animatelcm.evaluating import I3dSource
 from animatelcm.model import Facts
-from animatelcm.request import ModelSource, SampleRequest, Video
+from animatelcm.model_source import ModelSource
+from animatelcm.provenance import Video
+from animatelcm.request import SampleRequest
 
 CONFIGS = (TrainConfig, DataConfig, LoraConfig, ConsistencyConfig, AdapterConfig)
 KINDS = (

@@ -16,8 +16,10 @@ from animatelcm.bundle import load, save
 from animatelcm.cli import main
 from animatelcm.conversion import convert
 from animatelcm.inspection import describe
+from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
-from animatelcm.request import ModelSource, SampleRequest, command, recipe
+from animatelcm.provenance import command, recipe
+from animatelcm.request import SampleRequest
 from animatelcm.vae import read_vae
 from networks import same_state
 

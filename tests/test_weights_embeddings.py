@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from animatelcm.assembly import load_sum
 from animatelcm.batch import about
 from animatelcm.inspection import describe
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 from animatelcm.weights.embeddings import read_embedding
 from animatelcm.weights.files import TensorInfo
 from animatelcm.weights.identify import identify

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from animatelcm.condition import Condition, Control
 from animatelcm.model import VideoModel
 from animatelcm.nets.unet import VideoUNet
-from animatelcm.request import SampleRequest, command
+from animatelcm.provenance import command
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample, sample_steps
 from animatelcm.windows import freenoise, in_windows, weights, windows
 from test_condition import beside
@@ -262,7 +263,7 @@ def test_an_overlap_as_long_as_the_window_is_named(fresh_model):
 
 
 def test_the_command_says_how_a_long_video_was_cut(fresh_model):
-    from animatelcm.request import ModelSource
+    from animatelcm.model_source import ModelSource
 
     def said(**fields) -> str:
         return command(SampleRequest(prompt="a", **fields).resolved(fresh_model.facts), ModelSource())

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from animatelcm.fusion import unfuse as unfuse
     from animatelcm.model import VideoModel as VideoModel
     from animatelcm.pipeline import Pipeline as Pipeline
+    from animatelcm.provenance import Video as Video
     from animatelcm.request import SampleRequest as SampleRequest
-    from animatelcm.request import Video as Video
     from animatelcm.sampling import sample as sample
     from animatelcm.sampling import sample_steps as sample_steps
     from animatelcm.schedule import NoiseSchedule as NoiseSchedule
@@ -35,7 +35,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "SampleRequest": "request",
     "TrainConfig": "config",
-    "Video": "request",
+    "Video": "provenance",
     "VideoModel": "model",
     "fuse": "fusion",
     "load": "bundle",

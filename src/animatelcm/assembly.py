@@ -19,9 +19,9 @@ from animatelcm.condition import lacking
 from animatelcm.fusion import fuse
 from animatelcm.hub import ADAPTER_FILES, LORA_FILES, MOTION_FILES, find
 from animatelcm.model import VideoModel
+from animatelcm.model_source import ModelSource
 from animatelcm.nets.image_encoder import ImageEncoderConfig
 from animatelcm.nets.motion import MotionConfig
-from animatelcm.request import ModelSource
 from animatelcm.weights.embeddings import read_embedding
 from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.families import Family, family_of

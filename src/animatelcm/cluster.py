@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from animatelcm import batch
 from animatelcm.batch import About, Done, Engine, Made, Row
 from animatelcm.memory import best_dtype, load_for
-from animatelcm.request import Compile, ModelSource, Offload, Precision
+from animatelcm.model_source import Compile, ModelSource, Offload, Precision
 from animatelcm.sampling import best_device
 
 if TYPE_CHECKING:

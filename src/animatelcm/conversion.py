@@ -27,10 +27,10 @@ from animatelcm.bundle import (
 from animatelcm.hub import find
 from animatelcm.ldm import is_checkpoint, write_checkpoint
 from animatelcm.model import VideoModel
+from animatelcm.model_source import Target
 from animatelcm.nets import emoji, sd15
 from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.request import Target
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.weights.facts import MOTION, NOISE, SAMPLING, MotionFacts, read_facts
 from animatelcm.weights.families import family_of

@@ -25,7 +25,9 @@ from torch import Tensor
 from animatelcm import __version__, memory, video
 from animatelcm.colour import aligned
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, SampleRequest, Video, recipe
+from animatelcm.model_source import ModelSource
+from animatelcm.provenance import Video, recipe
+from animatelcm.request import SampleRequest
 from animatelcm.weights.files import check_finite, read_metadata, read_state, write_safetensors
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from animatelcm.request import ModelSource, Precision
+from animatelcm.model_source import ModelSource, Precision
 from animatelcm.terminal import bars, load, say, told
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from animatelcm.evaluate.report import Kind, Steer
-from animatelcm.request import Compile, ModelSource, Precision
+from animatelcm.model_source import Compile, ModelSource, Precision
 from animatelcm.terminal import bars, load, say, told
 
 

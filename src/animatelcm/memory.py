@@ -13,7 +13,8 @@ from torch import nn
 
 from animatelcm.assembly import load_sum
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, Offload, Precision, SampleRequest
+from animatelcm.model_source import ModelSource, Offload, Precision
+from animatelcm.request import SampleRequest
 
 LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")

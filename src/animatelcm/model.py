@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from animatelcm.model_source import Compile
 from animatelcm.nets.autoencoder import Autoencoder
 from animatelcm.nets.bands import decode_in_bands
 from animatelcm.nets.graphs import Graphs
@@ -18,7 +19,6 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.text_encoder import TextEncoder
 from animatelcm.nets.unet import VideoUNet
 from animatelcm.prompts import Syntax, chunks, sections
-from animatelcm.request import Compile
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer
 from animatelcm.weights.files import State

@@ -17,7 +17,9 @@ from animatelcm import decoding
 from animatelcm.condition import Control, read, with_pixels
 from animatelcm.memory import load_for
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, Offload, SampleRequest, Video, check_seed
+from animatelcm.model_source import ModelSource, Offload
+from animatelcm.provenance import Video
+from animatelcm.request import SampleRequest, check_seed
 from animatelcm.sampling import drafts, warn_of
 
 if TYPE_CHECKING:

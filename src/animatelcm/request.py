@@ -1,13 +1,10 @@
-"""What every door speaks: a request for videos, and a video with the recipe that makes it again."""
+"""What every door speaks: a request for videos."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import secrets
-import shlex
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
@@ -15,107 +12,14 @@ from tyro.conf import Positional, UseAppendAction, arg
 from animatelcm.prompts import Syntax, sections
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from animatelcm.model import Facts
+
 
 Sampler = Literal["lcm", "ddim", "dpm++"]
 Spacing = Literal["leading", "trailing"]
-BetaSchedule = Literal["linear", "scaled_linear"]
 Noise = Literal["freenoise", "random"]
 Fit = Literal["crop", "pad", "stretch"]
 """How a picture comes to the video's size."""
-Target = Literal["diffusers", "checkpoint", "animatediff", "kohya", "peft", "bundle"]
-"""Formats of weights that can be written."""
-Offload = Literal["auto", "none", "model"]
-"""Where networks wait while others work: beside them, or (model) on the CPU; auto: there where memory is short."""
-
-Compile = Literal["auto", "none", "full"]
-"""How the UNet is called: as it is (none), on a GPU as CUDA graphs (auto), fused by torch.compile too (full)."""
-Precision = Literal["auto", "fp16", "bf16", "fp32"]
-"""Numbers that networks compute with; auto: fp16 on CUDA, else fp32. Latents and schedule are always fp32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """Which weights: a bundle, and what is added to it."""
-
-    model: str = "emoji"
-    """"emoji" (embedded), a model folder, a checkpoint of Stable Diffusion 1.x, or a Hugging Face id."""
-    motion: str = ""
-    """Temporal layers to add or to replace: a file of AnimateDiff's or AnimateLCM's, a MotionAdapter's folder, or one
-    of them on the hub (owner/name, owner/name/FILE)."""
-    style: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--lora"])] = ()
-    """A LoRA, FILE or FILE:SCALE, or the name of one of the model's own styles; may be given several times."""
-    adapter: UseAppendAction[tuple[str, ...]] = ()
-    """NAME=PLACE: a ControlNet or T2I-Adapter (diffusers' folder, a file of A1111's or ComfyUI's, or one of them on
-    the hub) that reads maps of the kind NAME (canny, edge, depth, pose, tile), or i2v=PLACE: an image encoder, also
-    AnimateLCM's file; may be given several times."""
-    embedding: UseAppendAction[tuple[str, ...]] = ()
-    """A textual inversion: FILE, whose word is the one in the file or else its name, or WORD=FILE; of A1111 or
-    diffusers, or on the hub; may be given several times."""
-    image_scale: float = 1.0
-    """Beta: how much of the model's image acceleration; 0.8 is a usual choice with styles."""
-    teacher: bool = False
-    """The many-step model that this one was distilled from."""
-    beta_schedule: BetaSchedule | None = None
-    """Noise to sample under, where it is not what the files were made for."""
-    solver_steps: int | None = None
-    """N, the grid that an lcm sampler steps on (diffusers' original_inference_steps)."""
-    vae: str = ""
-    """An autoencoder in place of the model's own: a .safetensors, .ckpt or .pt file, diffusers' folder, or a hub id."""
-    decoder: str = ""
-    """What draws frames in place of the model's autoencoder, faster and less exactly: tiny (madebyollin/taesd, for
-    Stable Diffusion 1.x), or an AutoencoderTiny's folder or hub id."""
-
-    def styles(self) -> list[tuple[str, float]]:
-        """(file or name, scale) of each style. Raises ValueError where a scale is no number."""
-        return [_scaled(text) for text in self.style]
-
-    def adapters(self) -> dict[str, str]:
-        """Name -> place of each adapter. Raises ValueError where one has no name."""
-        named = dict(text.partition("=")[::2] for text in self.adapter)
-        if odd := [name for name, place in named.items() if not re.fullmatch(r"\w+", name) or not place]:
-            raise ValueError(f"adapter {odd[0]!r} is not NAME=PLACE, such as canny=lllyasviel/control_v11p_sd15_canny")
-        if len(named) < len(self.adapter):
-            raise ValueError("two adapters have one name; give each kind of maps once")
-        return named
-
-    def embeddings(self) -> list[tuple[str, str]]:
-        """(word, place) of each textual inversion; without a word where the file says it."""
-        return [("", text) if Path(text).exists() else _named(text) for text in self.embedding]
-
-    def words(self) -> list[str]:
-        """As the command line has it; defaults are left out."""
-        words = ["--model", self.model, *(["--motion", self.motion] if self.motion else [])]
-        for text in self.style:
-            words += ["--style", text]
-        for text in self.adapter:
-            words += ["--adapter", text]
-        for text in self.embedding:
-            words += ["--embedding", text]
-        words += ["--image-scale", _number(self.image_scale)] if self.image_scale != 1 else []
-        words += ["--teacher"] if self.teacher else []
-        words += ["--beta-schedule", self.beta_schedule] if self.beta_schedule else []
-        words += ["--solver-steps", str(self.solver_steps)] if self.solver_steps else []
-        words += ["--vae", self.vae] if self.vae else []
-        return words + (["--decoder", self.decoder] if self.decoder else [])
-
-
-def _named(text: str) -> tuple[str, str]:
-    """WORD=PLACE, or a place alone, whose address may have such a sign too."""
-    word, sign, place = text.partition("=")
-    return (word.strip(), place) if sign and "/" not in word else ("", text)
-
-
-def _scaled(text: str) -> tuple[str, float]:
-    name, colon, scale = text.rpartition(":")
-    if not colon or "/" in scale or "\\" in scale:
-        return text, 1.0
-    try:
-        return name, float(scale)
-    except ValueError as error:
-        raise ValueError(f"style {text!r}: {scale!r} is no scale; write FILE or FILE:0.8") from error
 
 
 class ControlSource(NamedTuple):
@@ -146,11 +50,6 @@ class ControlSource(NamedTuple):
         if not 0 <= start < end <= 1 or scale > 10:
             raise ValueError(f"control {text!r}: give a scale of 0..10 and a part of the steps within 0-1")
         return cls(name, found[1], ready, scale, start, end)
-
-
-def _number(value: float | None) -> str:
-    """In full, so that it reads back as the same number; 4.0 is 4."""
-    return repr(value).removesuffix(".0")
 
 
 LIMITS = {
@@ -308,25 +207,6 @@ class SampleRequest:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Video:
-    """Frames uint8 (F, H, W, 3) at ``fps``, and the resolved request and model that made them."""
-
-    frames: np.ndarray
-    fps: float
-    request: SampleRequest
-    model: str
-    evaluations: int
-    """Network evaluations it took, a guided one counted twice."""
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    precision: str = ""
-    """Numbers that the network computed with: fp16, bf16 or fp32; empty where nobody said."""
-
-    def recipe(self, source: ModelSource, version: str) -> dict[str, str]:
-        """What is written into the file (``recipe``)."""
-        return recipe(self.request, source, version, self.precision)
-
-
 def unused(request: SampleRequest, *, image: bool | None = None, video: bool | None = None) -> list[str]:
     """What a resolved request asks for and will not get, a sentence each: settings that change nothing without others.
 
@@ -363,45 +243,3 @@ def parse_size(text: str, name: str = "size") -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()):
         raise ValueError(f"{name} {text!r} is not WIDTHxHEIGHT in pixels, such as 64x64")
     return int(width), int(height)
-
-
-def recipe(request: SampleRequest, source: ModelSource, version: str, precision: str = "") -> dict[str, str]:
-    """What files say of how they were made: every field of request and source, the numbers that the network computed
-    with where they are known, the version, the command."""
-    made = {**dataclasses.asdict(request), **dataclasses.asdict(source)}
-    made |= {"precision": precision} if precision else {}
-    made |= {key: " ".join(made[key]) for key in ("style", "adapter", "embedding", "control")}
-    facts = {"animatelcm": version, "command": command(request, source, precision)}
-    return {key: str(value) for key, value in made.items()} | facts
-
-
-def command(request: SampleRequest, source: ModelSource, precision: str = "") -> str:
-    """The command line that makes a resolved request again, on any machine where it says the ``precision``, too."""
-    dashed = request.prompt.startswith("-")  # which comes last, behind what says that no flags follow
-    words = ["animatelcm", "generate", *([] if dashed else [request.prompt]), *source.words()]
-    words += ["--steps", str(request.num_inference_steps), "--guidance", _number(request.guidance_scale)]
-    if request.negative_prompt:
-        words += _said("--negative", request.negative_prompt)
-    words += ["--prompt-syntax", request.prompt_syntax] if request.prompt_syntax != "a1111" else []
-    words += ["--clip-skip", str(request.clip_skip)] if request.clip_skip != 1 else []
-    words += ["--frames", str(request.num_frames), "--size", f"{request.width}x{request.height}"]
-    if request.context_length is not None and request.shape[0] > request.context_length:
-        words += ["--context-length", str(request.context_length), "--context-overlap", str(request.context_overlap)]
-        words += ["--noise", request.noise] if request.noise != "freenoise" else []
-    words += ["--seed", str(request.seed), "--sampler", str(request.sampler)]
-    words += ["--spacing", request.spacing] if request.spacing != "leading" else []
-    words += [] if request.fps is None else ["--fps", _number(request.fps)]
-    for text in request.control:
-        words += ["--control", text]
-    if request.image:
-        words += [*_said("--image", request.image), "--fit", request.fit]
-        words += [] if request.motion_scale is None else ["--motion-scale", _number(request.motion_scale)]
-        words += ["--colour-match", _number(request.colour_match)]
-    words += [*_said("--video", request.video), "--strength", _number(request.strength)] if request.video else []
-    words += ["--precision", precision] if precision else []
-    return shlex.join([*words, *(["--", request.prompt] if dashed else [])])
-
-
-def _said(flag: str, value: str) -> list[str]:
-    """A flag and its value, in one word where that begins as flags do."""
-    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]

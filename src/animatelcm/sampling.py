@@ -20,7 +20,9 @@ from animatelcm.consistency import consistency_function, renoise
 from animatelcm.data.batches import to_pixels
 from animatelcm.decoding import Draft
 from animatelcm.model import VideoModel
-from animatelcm.request import Offload, SampleRequest, Video, unused
+from animatelcm.model_source import Offload
+from animatelcm.provenance import Video
+from animatelcm.request import SampleRequest, unused
 from animatelcm.rng import generator
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.solver import ddim_step, guided

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from animatelcm.request import ModelSource, Offload, Precision, SampleRequest
+from animatelcm.model_source import ModelSource, Offload, Precision
+from animatelcm.request import SampleRequest
 
 if TYPE_CHECKING:
     from animatelcm.model import VideoModel

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from animatelcm.request import Compile, ModelSource, Offload, Precision, SampleRequest, Target, parse_size, unused
+from animatelcm.model_source import Compile, ModelSource, Offload, Precision, Target
+from animatelcm.request import SampleRequest, parse_size, unused
 from animatelcm.terminal import bars, load, say, step_bar, told
 
 if TYPE_CHECKING:

@@ -24,7 +24,9 @@ from animatelcm.adapters import IMAGE, settings_of
 from animatelcm.batch.rows import Row
 from animatelcm.decoding import Draft
 from animatelcm.model import Facts, VideoModel
-from animatelcm.request import ModelSource, Offload, SampleRequest, recipe
+from animatelcm.model_source import ModelSource, Offload
+from animatelcm.provenance import recipe
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import drafts
 
 AHEAD = 2

@@ -20,12 +20,13 @@ from animatelcm.bench import machine, peers
 from animatelcm.bench.timing import Timing, interleaved, peak_memory
 from animatelcm.hub import ASSETS
 from animatelcm.model import Facts, VideoModel
+from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
 from animatelcm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from animatelcm.nets.motion import MotionModule
 from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import drafts, initial_noise
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges

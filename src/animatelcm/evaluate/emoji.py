@@ -34,7 +34,8 @@ from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
 from animatelcm.evaluate.takes import Take, keep_clips
 from animatelcm.model import CORE, Facts, VideoModel
-from animatelcm.request import ModelSource, Sampler, SampleRequest, Spacing
+from animatelcm.model_source import ModelSource
+from animatelcm.request import Sampler, SampleRequest, Spacing
 from animatelcm.sampling import sample
 
 

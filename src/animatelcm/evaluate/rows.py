@@ -19,7 +19,8 @@ from typing import Any
 from animatelcm import batch
 from animatelcm.evaluate.judge import Progress, silent
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.model_source import ModelSource
+from animatelcm.request import SampleRequest
 
 MANIFEST = batch.MANIFEST
 

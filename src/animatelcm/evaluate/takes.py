@@ -24,7 +24,9 @@ from animatelcm.evaluate import steered
 from animatelcm.evaluate.judge import Protocol
 from animatelcm.evaluate.report import Kind, file_stem
 from animatelcm.images import replacing
-from animatelcm.request import ModelSource, SampleRequest, recipe
+from animatelcm.model_source import ModelSource
+from animatelcm.provenance import recipe
+from animatelcm.request import SampleRequest
 
 FOLDER = "clips"
 LIST = "clips.jsonl"

@@ -27,7 +27,7 @@ from animatelcm.evaluate.report import facts_hash
 from animatelcm.evaluate.score import Scored
 from animatelcm.evaluate.viewing import Looks, kept, kept_score, measured, mixtures, stamp
 from animatelcm.model import VideoModel
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 
 KEPT, DRAWS = "kept", "draws.json"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from animatelcm import video
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.model_source import ModelSource
+from animatelcm.request import SampleRequest
 
 CLIPS, MANIFEST = Path("clips") / "clips.jsonl", Path("manifest.jsonl")
 GIVEN = ("image", "video", "control")

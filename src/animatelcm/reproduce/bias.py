@@ -14,7 +14,7 @@ import torch
 from animatelcm.assembly import load_sum
 from animatelcm.data.batches import to_pixels
 from animatelcm.evaluate.judge import PROMPT_SEED, Progress, Protocol
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 from animatelcm.rng import generator
 from animatelcm.solver import DDIMSolver, ddim_step, guided
 

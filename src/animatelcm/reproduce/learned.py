@@ -9,6 +9,7 @@ from functools import partial
 from animatelcm import recipes
 from animatelcm.config import ConsistencyConfig, TrainConfig
 from animatelcm.evaluate.report import table
+from animatelcm.model_source import ModelSource
 from animatelcm.planning import plan
 from animatelcm.reproduce import bias, plots
 from animatelcm.reproduce.claims import (
@@ -19,7 +20,6 @@ from animatelcm.reproduce.claims import (
 )
 from animatelcm.reproduce.sampled import deviation
 from animatelcm.reproduce.study import Study
-from animatelcm.request import ModelSource
 
 
 def _stage_1(study: Study) -> TrainConfig:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from animatelcm.assembly import load_sum
 from animatelcm.evaluate.judge import Judge, Progress, Protocol
 from animatelcm.evaluate.report import Row, table
+from animatelcm.model_source import ModelSource
 from animatelcm.reproduce import plots
 from animatelcm.reproduce.claims import Claim, Section, all_of, by_steps, excess, share_deviation, verdict
 from animatelcm.reproduce.study import Sizes, Study
-from animatelcm.request import ModelSource, SampleRequest
+from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
 
 TEACHER = ModelSource(teacher=True)

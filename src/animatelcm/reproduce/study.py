@@ -19,7 +19,7 @@ from animatelcm.evaluate.judge import PROMPT_SEED, Progress, Protocol, silent
 from animatelcm.evaluate.prompts import prompts
 from animatelcm.evaluate.report import Row, Steer, facts_hash, summary, write_json
 from animatelcm.evaluate.rows import link
-from animatelcm.request import ModelSource
+from animatelcm.model_source import ModelSource
 from animatelcm.sampling import best_device
 
 SHOWN = 4
