@@ -175,6 +175,16 @@ def test_home_is_where_a_tilde_points_behind_a_name_too(go, folder, tmp_path, mo
         assert "no such file" in message
 
 
+def test_home_is_where_a_tilde_points_in_training_and_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli.main(["train", "vae_emoji", "--out=~/runs", "--data.kind", "folder", "--data.path", "~/images", "--dry-run"])
+    config = json.loads(capsys.readouterr().out)
+    assert (config["out"], config["data"]["path"]) == (f"{tmp_path}/runs", f"{tmp_path}/images")
+    assert f"{tmp_path}/none.mp4" in fails(["eval", "stability", "~/none.mp4"], capsys)
+    cli.main(["train", "vae_emoji", "--name=a~b", "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["name"] == "a~b"
+
+
 def test_a_batch_takes_what_generate_takes(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

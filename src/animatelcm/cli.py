@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -93,9 +95,9 @@ def _run(words: list[str]) -> None:
     if words[:1] == ["--version"]:
         say(f"animatelcm {__version__}")
     elif words[:1] == ["train"]:
-        _train_verb(words[1:])
+        _train_verb(_at_home(words[1:]))
     elif words[:1] == ["eval"]:
-        _eval_verb(words[1:])
+        _eval_verb(_at_home(words[1:]))
     elif words[:1] and words[0] in VERBS:
         tyro.cli(VERBS[words[0]], args=words[1:], prog=f"animatelcm {words[0]}").run()
     else:
@@ -137,6 +139,12 @@ def _train_verb(words: list[str]) -> None:
         description=recipe.__doc__,
         config=(AvoidSubcommands,),
     )
+
+
+def _at_home(words: list[str]) -> list[str]:
+    """Words with somebody's home in place of a path's ``~``, which shells leave alone in ``--flag=~/folder``."""
+    split = [re.fullmatch(r"(--[\w.-]+=|)(~.*)", word, re.DOTALL) for word in words]
+    return [at[1] + os.path.expanduser(at[2]) if at else word for at, word in zip(split, words, strict=True)]  # noqa: PTH111 - pathlib's raises where nobody has that name
 
 
 def _given(words: list[str]) -> str:
