@@ -73,3 +73,30 @@ def steered_folder(fresh_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("steered") / "model"
     save(beside(fresh_model), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def narrow_folder(fresh_model, tmp_path_factory):
+    """The miniature made narrow, distilled: an acceleration, a style, two adapters that read maps, a teacher, all with
+    random weights, in float32; not to be written to."""
+    from dataclasses import replace
+
+    from animatelcm.bundle import save
+    from animatelcm.nets import lora
+    from animatelcm.nets.adapters import controlnet, t2i_adapter
+    from animatelcm.nets.motion import MotionConfig
+    from animatelcm.nets.unet import VideoUNet
+    from networks import NARROW, shaken
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = shaken(VideoUNet(NARROW, MotionConfig(num_attention_heads=2, norm_num_groups=8)))
+        edge, pose = t2i_adapter(NARROW, 8), controlnet(NARROW, (4, 8, 8, 16))
+    lora.inject(unet, rank=2, alpha=2.0, targets=("to_q",))
+    acceleration = lora.eject(shaken(unet, seed=1))
+    motion = {name: 2 * value for name, value in unet.state_dict().items() if "motion_modules" in name}
+    model = replace(fresh_model, unet=unet, image_lora=acceleration, teacher_motion=motion)
+    model.styles, model.adapters = {"drawn": acceleration}, {"edge": shaken(edge), "pose": shaken(pose)}
+    path = tmp_path_factory.mktemp("narrow") / "model"
+    save(model, path, dtype=torch.float32)
+    return path

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from animatelcm.nets.unet import UNetConfig
 
@@ -30,6 +31,18 @@ TWO = UNetConfig(
     norm_num_groups=8,
 )
 """As the miniature: attention on both levels."""
+
+NARROW = replace(TWO, in_channels=16, out_channels=16, cross_attention_dim=128, attention_head_dim=2)
+"""Beside the miniature's text encoder and autoencoder."""
+
+
+@torch.no_grad()
+def shaken(network: nn.Module, seed: int = 0) -> nn.Module:
+    """No parameter is zero."""
+    source = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=source))
+    return network
 
 
 def same_state(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:

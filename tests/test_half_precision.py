@@ -25,8 +25,8 @@ GROWS = {"growth_interval": 2, "growth_factor": 4.0}
 """Twice as long as a scale is halved after an overflow, it is four times as large again."""
 
 
-def _config(out, **changes):
-    config = replace(recipes.image_lcm_emoji(), model="emoji", out=out, steps=6, batch_size=1, warmup_steps=4)
+def _config(model, out, **changes):
+    config = replace(recipes.image_lcm_emoji(), model=str(model), out=out, steps=6, batch_size=1, warmup_steps=4)
     config = replace(config, log_every=1, save_every=1000, sample_prompts=(), **changes)
     return replace(config, data=replace(config.data, length=8, cache=False))
 
@@ -81,10 +81,10 @@ def _last(config):
     return sorted((config.folder / "checkpoints").iterdir())[-1]
 
 
-def test_an_overflow_moves_nothing_and_halves_the_scale(tmp_path, monkeypatch, scaled):
+def test_an_overflow_moves_nothing_and_halves_the_scale(narrow_folder, tmp_path, monkeypatch, scaled):
     shares, roles = [], stages.consistency_roles
     monkeypatch.setattr(stages, "consistency_roles", lambda *a, **k: shares.append(k["step"]) or roles(*a, **k))
-    seen, config = _watched(monkeypatch, broken=(1, 2)), _config(tmp_path)
+    seen, config = _watched(monkeypatch, broken=(1, 2)), _config(narrow_folder, tmp_path)
     train(config)
     assert [each["still"] for each in seen] == [False, True, True, False, False, False]
     assert [each["kept"] for each in seen] == [each["still"] for each in seen]
@@ -93,21 +93,21 @@ def test_an_overflow_moves_nothing_and_halves_the_scale(tmp_path, monkeypatch, s
     assert shares == [0, 1, 1, 1, 2, 3]  # of a frozen LoRA that the target has taken in
 
 
-def test_the_scale_leaves_no_trace_in_what_is_learned(tmp_path, monkeypatch, scaled):
+def test_the_scale_leaves_no_trace_in_what_is_learned(narrow_folder, tmp_path, monkeypatch, scaled):
     """Powers of two are exact: weights, moments and norms are those of a run without a scaler."""
     seen = _watched(monkeypatch)
-    with_scale = _run(_config(tmp_path, name="scaled", steps=2))
+    with_scale = _run(_config(narrow_folder, tmp_path, name="scaled", steps=2))
     monkeypatch.undo()
     plain_seen = _watched(monkeypatch)
-    plain = _run(_config(tmp_path, name="plain", steps=2))
+    plain = _run(_config(narrow_folder, tmp_path, name="plain", steps=2))
     for part, tensors in plain.items():
         assert all(torch.equal(with_scale[part][name], value) for name, value in tensors.items()), part
     assert [each["norm"] for each in seen] == [each["norm"] for each in plain_seen]
 
 
-def test_a_resumed_run_has_the_scale_and_the_count_of_overflows(tmp_path, monkeypatch, scaled):
+def test_a_resumed_run_has_the_scale_and_the_count_of_overflows(narrow_folder, tmp_path, monkeypatch, scaled):
     _watched(monkeypatch, broken=(1, 4))
-    whole, parts = _config(tmp_path, name="whole"), _config(tmp_path, name="parts")
+    whole, parts = _config(narrow_folder, tmp_path, name="whole"), _config(narrow_folder, tmp_path, name="parts")
     wanted = _run(whole)
     train(parts, stop_after=3)
     found = _run(parts, resume=True)
@@ -118,16 +118,16 @@ def test_a_resumed_run_has_the_scale_and_the_count_of_overflows(tmp_path, monkey
     assert said["skipped"] == goes_on["skipped"] == 2
 
 
-def test_gradients_that_no_scale_makes_finite_end_the_run(tmp_path, monkeypatch, scaled):
+def test_gradients_that_no_scale_makes_finite_end_the_run(narrow_folder, tmp_path, monkeypatch, scaled):
     seen = _watched(monkeypatch, broken=range(40))
     with pytest.raises(ValueError, match=r"step 21: gradients are not finite in fp16 .*bf16"):
-        train(_config(tmp_path, steps=40))
+        train(_config(narrow_folder, tmp_path, steps=40))
     assert all(each["still"] for each in seen)
 
 
 def test_float16_keeps_the_gradient_that_bfloat16_drowns():
     """Student and target differ by less than what bfloat16 makes of either, where the noise is strongest."""
-    config = _config(Path(), batch_size=4, gradient_checkpointing=True, timestep_shift=1000.0)
+    config = _config("emoji", Path(), batch_size=4, gradient_checkpointing=True, timestep_shift=1000.0)
     model = stages.starting_model(config)
     state = training._fresh_state(config, model)
     objective, batch = stages.objective(config, model, state), open_source(config, model).batches(range(4))
@@ -144,8 +144,8 @@ def test_float16_keeps_the_gradient_that_bfloat16_drowns():
     assert half > 0.8 > 0.6 > brain, (half, brain)
 
 
-def test_float16_is_refused_without_a_gpu(tmp_path, monkeypatch):
+def test_float16_is_refused_without_a_gpu(narrow_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r'"fp16" needs a GPU .* "bf16" or "no"'):
-        train(_config(tmp_path, mixed_precision="fp16"))
+        train(_config(narrow_folder, tmp_path, mixed_precision="fp16"))
     assert not list(tmp_path.iterdir())

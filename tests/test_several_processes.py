@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ RANKS = (0, 1)
 
 def _config(out: Path, name: str = "two", **changes):
     config = replace(
-        recipes.image_lcm_emoji(), model="emoji", name=name, out=out, steps=3, batch_size=1, warmup_steps=1
+        recipes.image_lcm_emoji(), model=str(out / "start"), name=name, out=out, steps=3, batch_size=1, warmup_steps=1
     )
     config = replace(config, log_every=3, save_every=1000, sample_prompts=(), gradient_checkpointing=True, **changes)
     return replace(config, data=replace(config.data, length=16, cache=False))
@@ -56,9 +57,10 @@ def _child(out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """The folder of both runs."""
+def out(narrow_folder, tmp_path_factory):
+    """The folder of both runs, and of the model that they begin with."""
     folder = tmp_path_factory.mktemp("several")
+    shutil.copytree(narrow_folder, folder / "start")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

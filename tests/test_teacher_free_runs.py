@@ -20,50 +20,26 @@ from animatelcm.config import ConsistencyConfig
 from animatelcm.data.batches import ClipBatch
 from animatelcm.ema import Ema
 from animatelcm.nets import lora
-from animatelcm.nets.adapters import Adapter, Clues, Hints, controlnet, t2i_adapter
+from animatelcm.nets.adapters import Adapter, Clues, Hints
 from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig
-from animatelcm.nets.motion import MotionConfig
-from animatelcm.nets.unet import VideoUNet
 from animatelcm.rng import generator
 from animatelcm.roles import Roles, adapter_roles
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.training import train
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import LoraLayer
-from networks import TWO
+from networks import shaken
 
 DRAW = partial(generator, 0, 0, 0)
 
 # The miniature made narrow: who is asked, what learns, what a run leaves.
 
-NARROW = replace(TWO, in_channels=16, out_channels=16, cross_attention_dim=128, attention_head_dim=2)
-
-
-@torch.no_grad()
-def _shaken(network: nn.Module, seed: int = 0) -> nn.Module:
-    """No parameter is zero."""
-    source = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=source))
-    return network
-
 
 @pytest.fixture(scope="module")
-def bundle(fresh_model, tmp_path_factory):
-    """A distilled model with an acceleration, two adapters that read maps, and no teacher's folder any more."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = _shaken(VideoUNet(NARROW, MotionConfig(num_attention_heads=2, norm_num_groups=8)))
-        edge, pose = t2i_adapter(NARROW, 8), controlnet(NARROW, (4, 8, 8, 16))
-    lora.inject(unet, rank=2, alpha=2.0, targets=("to_q",))
-    acceleration = lora.eject(_shaken(unet, seed=1))
-    motion = {name: 2 * value for name, value in unet.state_dict().items() if "motion_modules" in name}
-    model = replace(fresh_model, unet=unet, image_lora=acceleration, teacher_motion=motion)
-    model.adapters = {"edge": _shaken(edge), "pose": _shaken(pose)}
+def bundle(narrow_folder, tmp_path_factory):
+    """A distilled model whose teacher's folder is gone."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    save(model, folder, dtype=torch.float32)
-    shutil.rmtree(folder / "motion_adapter_teacher")
-    return folder
+    return shutil.copytree(narrow_folder, folder, ignore=shutil.ignore_patterns("motion_adapter_teacher"))
 
 
 def _config(recipe, bundle, out, **changes):
@@ -116,7 +92,7 @@ def test_nobody_teaches_and_all_of_the_adapter_learns_and_nothing_else(recipe, b
     config = _config(recipe, bundle, tmp_path)
     model = stages.starting_model(config)
     assert not model.teacher_motion
-    _shaken(model.adapters[config.adapter.name])
+    shaken(model.adapters[config.adapter.name])
     live = dict(stages.named_trainable(model, config))
     assert all((".lora_" in name) == (config.lora is not None) for name in live)
     state = SimpleNamespace(step=0, target=Ema(config.consistency.mu, live))
@@ -137,9 +113,9 @@ def test_the_target_sees_the_average_and_not_the_live_adapter(bundle, with_lora)
     network = ImageEncoder(ImageEncoderConfig(channels=(16, 32), in_channels=16))
     if with_lora:
         lora.inject(network, rank=2, alpha=2.0, targets=("block1", "block2"))
-    adapter, x_0 = Adapter(_shaken(network)), _batch().latents
+    adapter, x_0 = Adapter(shaken(network)), _batch().latents
     names = [name for name, _ in adapter.named_parameters() if not with_lora or ".lora_" in name]
-    other = _shaken(deepcopy(adapter), seed=1)
+    other = shaken(deepcopy(adapter), seed=1)
     average = {name: value.detach() for name, value in other.named_parameters() if name in names}
     by_hand = deepcopy(adapter)
     by_hand.load_state_dict(average, strict=False)
@@ -151,7 +127,7 @@ def test_the_target_sees_the_average_and_not_the_live_adapter(bundle, with_lora)
         wanted = model.unet(x_0, t, motion=True, **by_hand(x_0, t, text, clues).arguments(text))
         assert torch.equal(target, wanted)
         assert (student - target).abs().max() > 1e-3
-        _shaken(adapter, seed=2)
+        shaken(adapter, seed=2)
         assert torch.equal(roles.target(x_0, t, text, motion=True, clues=clues), target) == (not with_lora)
         for name, parameter in adapter.named_parameters():  # a LoRA's own layers are frozen and shared
             parameter.copy_(by_hand.get_parameter(name) if name not in names else parameter)

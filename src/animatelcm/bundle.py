@@ -70,11 +70,13 @@ def save(
     dtype: torch.dtype = torch.float16,
     *,
     scheduler: SchedulerClass = "DDIMScheduler",
+    adapters_of: Path | None = None,
 ) -> None:
     """Write the bundle; the folder appears whole or not at all, and replaces one that is there.
 
     What ``fusion.fuse`` added is left out where it can be added again: the base is written, and LoRAs beside it.
-    ``fusion.baked`` makes a sum permanent. ``scheduler`` is the one that diffusers' pipelines begin with.
+    ``fusion.baked`` makes a sum permanent. ``scheduler`` is the one that diffusers' pipelines begin with. Adapters in
+    the model folder ``adapters_of`` are copied as they are, but for those whose names ``model`` has.
     """
     with new_folder(Path(folder)) as unfinished:
         _write_networks(model, unfinished, dtype)
@@ -83,6 +85,9 @@ def save(
         write_json(unfinished / "scheduler" / "scheduler_config.json", model.schedule.to_diffusers(scheduler))
         write_json(unfinished / "model_index.json", MODEL_INDEX | {"scheduler": ["diffusers", scheduler]})
         write_json(unfinished / FACTS_FILE, asdict(model.facts))
+        for place in _adapter_places(adapters_of) if adapters_of else ():
+            if place.name not in model.adapters:
+                shutil.copytree(place, unfinished / ADAPTERS / place.name)
 
 
 def scheduler_of(model: VideoModel) -> SchedulerClass:
@@ -206,7 +211,7 @@ def load(
         model = _from_file(place, dtype, other)
     else:
         model = _from_folder(place, str(source), dtype, other, with_teacher=teacher or keep_teacher)
-    model.adapters = _read_adapters(place / ADAPTERS, adapters, dtype, model)
+    model.adapters = _read_adapters(place, adapters, dtype, model)
     model.to(device)
     if teacher:
         return _as_teacher(model)
@@ -259,9 +264,12 @@ def _vae_of_folder(folder: Path, dtype: torch.dtype, other: Path | None) -> Auto
 def _read_adapters(
     folder: Path, names: Collection[str] | None, dtype: torch.dtype, model: VideoModel
 ) -> dict[str, nn.Module]:
-    places = [path.parent for path in sorted(folder.glob("*/config.json"))]
-    wanted = [place for place in places if names is None or place.name in names]
+    wanted = [place for place in _adapter_places(folder) if names is None or place.name in names]
     return {place.name: read(place, place.name, Beside.of(model), dtype) for place in wanted}
+
+
+def _adapter_places(folder: Path) -> list[Path]:
+    return [path.parent for path in sorted((folder / ADAPTERS).glob("*/config.json"))]
 
 
 def _read_text_state(folder: Path) -> State:

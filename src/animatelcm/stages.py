@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -45,7 +46,7 @@ def starting_model(config: TrainConfig) -> VideoModel:
     if config.model == "new":
         model = fresh(config.seed)
     else:
-        own = None if config.adapter is None else () if _begins_fresh(config) else (config.adapter.name,)
+        own = () if config.adapter is None or _begins_fresh(config) else (config.adapter.name,)
         taught = _many_steps(config)
         fused_scale = 0.0 if _guided(config) else 1.0
         model = load(config.model, teacher=taught, image_scale=fused_scale, keep_teacher=taught, adapters=own)
@@ -284,8 +285,8 @@ def _distil(config: TrainConfig, model: VideoModel, state: TrainState, batch: Cl
 def result(config: TrainConfig, model: VideoModel) -> VideoModel:
     """The model that a finished stage leaves. A LoRA that was learned is written as a file of its own too.
 
-    A style or an adapter is added to the model that the run began with, whatever that holds; whoever learns anew what
-    an acceleration was made for leaves the acceleration behind, and styles and adapters if it is the image model.
+    A style, an adapter or a decoder is added to the model that the run began with, whatever that holds; whoever learns
+    anew what an acceleration was made for leaves the acceleration behind, and styles if it is the image model.
     """
     if config.adapter is not None:
         return _with_result(config, model.adapters[config.adapter.name])
@@ -296,18 +297,30 @@ def result(config: TrainConfig, model: VideoModel) -> VideoModel:
         write_named_lora(learned, config.folder / f"{name}.safetensors", title=name, kind=kind, base=model.facts.name)
         if fast:
             return replace(model, image_lora=learned)
-        first = fresh(config.seed) if config.model == "new" else load(config.model)
+        first = _begun_with(config)
         return replace(first, styles={**first.styles, name: learned})
+    if config.trainable == "decoder":
+        return replace(_begun_with(config), vae=model.vae)
     if config.objective == "consistency":
         return model
-    kept = {"styles": model.styles, "adapters": model.adapters} if config.trainable == "motion" else {}
-    return replace(model, **{"image_lora": {}, "styles": {}, "adapters": {}, **kept})
+    return replace(model, image_lora={}, styles=model.styles if config.trainable == "motion" else {})
+
+
+def _begun_with(config: TrainConfig) -> VideoModel:
+    return fresh(config.seed) if config.model == "new" else load(config.model, adapters=())
+
+
+def adapters_left(config: TrainConfig) -> Path | None:
+    """The model folder whose adapters stand beside what a finished stage leaves, None where they fit it no longer."""
+    beside = config.objective == "consistency" or config.lora is not None or config.adapter is not None
+    kept = beside or config.trainable in ("motion", "decoder")
+    return find(config.model) if kept and config.model != "new" else None
 
 
 def _with_result(config: TrainConfig, network: nn.Module) -> VideoModel:
     """The model that a run began with, with the adapter in it; LoRA layers are merged into the adapter."""
     assert config.adapter is not None
-    name, first = config.adapter.name, _as_asked(config, load(config.model))
+    name, first = config.adapter.name, _as_asked(config, load(config.model, adapters=()))
     if config.lora is not None:
         learned = lora.eject(network, name)
         path = config.folder / f"{config.name}.safetensors"
@@ -315,4 +328,4 @@ def _with_result(config: TrainConfig, network: nn.Module) -> VideoModel:
         weights = {f"{name}.{key}": value for key, value in network.state_dict().items()}
         merged = {key.removeprefix(f"{name}."): value for key, value in fused(weights, [(learned, 1.0)]).items()}
         network.load_state_dict(merged, strict=False)
-    return replace(first, adapters={**first.adapters, name: network})
+    return replace(first, adapters={name: network})

@@ -286,7 +286,8 @@ def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> Path:
     done = {"steps": state.step, "clips": clips, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
     facts = replace(left.facts, trained={**left.facts.trained, config.name: done})
-    save(replace(left, facts=facts), config.folder / "model", dtype=torch.float32)
+    beside = stages.adapters_left(config)
+    save(replace(left, facts=facts), config.folder / "model", dtype=torch.float32, adapters_of=beside)
     return config.folder / "model"
 
 
