@@ -212,8 +212,8 @@ def i2v_images_emoji() -> TrainConfig:
         model="emoji",
         data=DataConfig(kind="emoji-images", length=12_000),
         adapter=AdapterConfig(name="i2v", kind="image"),
-        consistency=replace(config.consistency, k=1000),
-        steps=900,
+        consistency=replace(config.consistency, k=1000, first_frame=1.0),
+        steps=1_200,
         batch_size=32,
         learning_rate=1e-3,
     )
@@ -222,7 +222,8 @@ def i2v_images_emoji() -> TrainConfig:
 def i2v_emoji() -> TrainConfig:
     """Image-to-video on the miniature: AnimateLCM's encoder of a picture, taught to move without a teacher.
 
-    Few long steps back keep it to what the clips show; many short ones to what the network would draw by itself.
+    Few long steps back keep it to what the clips show; many short ones to what the network would draw by itself. The
+    first frame counts for as much as all others: it is the one that is given.
     """
     return TrainConfig(
         name="i2v_emoji",
@@ -231,10 +232,10 @@ def i2v_emoji() -> TrainConfig:
         model="runs/out/i2v_images_emoji/model",
         data=DataConfig(kind="emoji-clips", length=6_000),
         adapter=AdapterConfig(name="i2v", kind="image", start="model"),
-        consistency=ConsistencyConfig(earlier="noise", k=300, huber_c=0.3),
-        steps=400,
+        consistency=ConsistencyConfig(earlier="noise", k=250, huber_c=0.3, first_frame=16.0),
+        steps=220,
         batch_size=4,
-        learning_rate=5e-4,
+        learning_rate=4e-4,
         lr_schedule="onecycle",
         weight_decay=0.0,
         ema_decay=0.99,
@@ -286,7 +287,9 @@ def t2i_adapter_lora_emoji() -> TrainConfig:
         model="runs/out/t2i_adapter_emoji/model",
         adapter=t2i_adapter_emoji().adapter,
         lora=LoraConfig(name="edge", rank=16, alpha=16.0, targets=T2I_TARGETS),
+        consistency=ConsistencyConfig(earlier="noise", k=300, huber_c=0.3),
         steps=400,
+        learning_rate=5e-4,
     )
 
 
