@@ -37,7 +37,6 @@ from torch import nn
 from animatelcm import recipes, stages, training
 from animatelcm.bench import machine
 from animatelcm.bench.timing import interleaved, peak_memory
-from animatelcm.bundle import save
 from animatelcm.config import LCM_TARGETS, TrainConfig
 from animatelcm.data.batches import ClipBatch, pixel_batches
 from animatelcm.hub import ASSETS
@@ -47,6 +46,7 @@ from animatelcm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.rng import generator
+from animatelcm.saving import save
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.sources import open_dataset
 from animatelcm.tokenizer import Tokenizer, read_merges

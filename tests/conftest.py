@@ -57,7 +57,7 @@ def fresh_model():
 @pytest.fixture(scope="session")
 def fresh_folder(fresh_model, tmp_path_factory):
     """The same on disk, in float32; not to be written to."""
-    from animatelcm.bundle import save
+    from animatelcm.saving import save
 
     path = tmp_path_factory.mktemp("fresh") / "model"
     save(fresh_model, path, dtype=torch.float32)
@@ -67,7 +67,7 @@ def fresh_folder(fresh_model, tmp_path_factory):
 @pytest.fixture(scope="session")
 def steered_folder(fresh_model, tmp_path_factory):
     """The same in float16, with adapters that read edges and poses and an image encoder; not to be written to."""
-    from animatelcm.bundle import save
+    from animatelcm.saving import save
     from test_condition import beside
 
     path = tmp_path_factory.mktemp("steered") / "model"
@@ -81,11 +81,11 @@ def narrow_folder(fresh_model, tmp_path_factory):
     random weights, in float32; not to be written to."""
     from dataclasses import replace
 
-    from animatelcm.bundle import save
     from animatelcm.nets import lora
     from animatelcm.nets.adapters import controlnet, t2i_adapter
     from animatelcm.nets.motion import MotionConfig
     from animatelcm.nets.unet import VideoUNet
+    from animatelcm.saving import save
     from networks import NARROW, shaken
 
     with torch.random.fork_rng():

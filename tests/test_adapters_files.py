@@ -16,12 +16,13 @@ import control_files
 import standins
 from animatelcm.adapters import Beside, read_file
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.inspection import describe
 from animatelcm.ldm import read_checkpoint
 from animatelcm.model_source import ModelSource
 from animatelcm.nets.adapters import control_hints, t2i_hints
 from animatelcm.nets.unet import UNetConfig
+from animatelcm.saving import save
 from standins import SMALL, fill
 
 TEXT = 64

@@ -26,13 +26,14 @@ import standins
 from animatelcm import Pipeline
 from animatelcm.assembly import load_sum, with_temporal_layers
 from animatelcm.bench import peers
-from animatelcm.bundle import ASSETS, save
+from animatelcm.bundle import ASSETS
 from animatelcm.conversion import convert
 from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
 from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample_steps
+from animatelcm.saving import save
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
 from animatelcm.weights.lora import read_lora, write_lora

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from animatelcm import batch, cli, decoding, images, video
-from animatelcm.bundle import save
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import drafts
+from animatelcm.saving import save
 from batch_runs import SMALL, SOURCE, hashes, lines, runner, six_prompts
 from test_condition import beside, clip
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.hub import find
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
+from animatelcm.saving import save
 
 
 def test_a_saved_bundle_is_the_same_model(fresh_model, fresh_folder):

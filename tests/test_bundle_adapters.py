@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from animatelcm.adapters import Beside, read
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.condition import Condition, Control
 from animatelcm.fusion import baked, fuse
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
+from animatelcm.saving import save
 from animatelcm.weights.files import read_safetensors
 from networks import same_state
 from test_bundle_sums import random_lora, weights

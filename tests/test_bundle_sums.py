@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.fusion import baked, base_state, fuse
 from animatelcm.model import VideoModel
 from animatelcm.model_source import ModelSource
+from animatelcm.saving import save
 from animatelcm.weights.files import State, read_safetensors
 from animatelcm.weights.fuse import fused
 from animatelcm.weights.lora import Lora, LoraLayer

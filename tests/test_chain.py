@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from animatelcm import objectives, recipes
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.config import TrainConfig
 from animatelcm.data.batches import draw_indices
 from animatelcm.model_source import ModelSource
@@ -21,6 +21,7 @@ from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.roles import consistency_roles
 from animatelcm.sampling import sample
+from animatelcm.saving import save
 from animatelcm.sources import open_source
 from animatelcm.stages import named_trainable, starting_model
 from animatelcm.training import learning_rate, train

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from animatelcm import cli, video
-from animatelcm.bundle import save
 from animatelcm.request import SampleRequest
+from animatelcm.saving import save
 from animatelcm.terminal import step_bar
 from animatelcm.verbs import _free
 from test_cli import fails

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from animatelcm import cli, control_maps, video
-from animatelcm.bundle import save
 from animatelcm.data.emoji import drawn
 from animatelcm.evaluate import emoji, steered
 from animatelcm.evaluate.emoji import Setting, evaluate
@@ -18,6 +17,7 @@ from animatelcm.evaluate.judge import PROMPT_SEED, Protocol
 from animatelcm.evaluate.takes import Take, keep_clips, kept_clips
 from animatelcm.model_source import ModelSource
 from animatelcm.request import ControlSource
+from animatelcm.saving import save
 from results import request
 
 FEW = ("parrot", "banana", "rocket", "zebra")

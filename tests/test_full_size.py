@@ -17,9 +17,10 @@ from diffusers import ControlNetModel, MotionAdapter
 from safetensors.torch import save_file
 
 import standins
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.images import write_image
 from animatelcm.nets import sd15
+from animatelcm.saving import save
 
 WIDTHS = (320, 640, 1280, 1280)
 PARAMETERS = 859_520_964 + 83_653_863 + 123_060_480 + 453_209_280

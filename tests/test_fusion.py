@@ -10,11 +10,11 @@ import torch
 from peft.tuners.lora import LoraLayer as PeftLayer
 from torch.utils.flop_counter import FlopCounterMode
 
-from animatelcm.bundle import save
 from animatelcm.fusion import base_state, fuse, unfuse
 from animatelcm.model import VideoModel
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
+from animatelcm.saving import save
 from animatelcm.weights.files import State, write_safetensors
 from animatelcm.weights.lora import Lora, LoraLayer, write_lora
 

@@ -26,6 +26,7 @@ ROWS = [
         "ldm",
         "fusion",
         "bundle",
+        "saving",
         "assembly",
         "condition",
         "adapters",

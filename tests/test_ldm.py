@@ -12,9 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import standins
 from animatelcm.bench import peers
-from animatelcm.bundle import ASSETS, load, save
+from animatelcm.bundle import ASSETS, load
 from animatelcm.ldm import read_checkpoint
 from animatelcm.nets import sd15
+from animatelcm.saving import save
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
 from networks import same_state

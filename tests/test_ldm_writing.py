@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import standins
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.conversion import convert
 from animatelcm.fusion import baked
 from animatelcm.ldm import write_checkpoint
 from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
+from animatelcm.saving import save
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
 from animatelcm.weights.ldm_keys import TEXT, UNET, VAE, ldm_unet, ldm_vae

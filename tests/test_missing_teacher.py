@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from animatelcm import cli, recipes, stages
-from animatelcm.bundle import FACTS_FILE, TEACHER, load, save
+from animatelcm.bundle import FACTS_FILE, TEACHER, load
 from animatelcm.hub import find
 from animatelcm.nets import lora
+from animatelcm.saving import save
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from animatelcm import batch, recipes, stages
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import ADAPTERS, save
+from animatelcm.bundle import ADAPTERS
 from animatelcm.condition import Condition
 from animatelcm.evaluate.emoji import fingerprint
 from animatelcm.model_source import ModelSource
@@ -18,6 +18,7 @@ from animatelcm.nets.image_encoder import ImageEncoderConfig
 from animatelcm.provenance import command
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
+from animatelcm.saving import save
 from test_condition import beside, clip
 
 ASKED = SampleRequest(prompt="a fox", image="a.png", num_frames=3, num_inference_steps=1, guidance_scale=1.0)

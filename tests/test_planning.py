@@ -11,12 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from animatelcm import checkpoint, counting, recipes, stages, training
-from animatelcm.bundle import save
 from animatelcm.config import ConsistencyConfig, LoraConfig
 from animatelcm.nets import lora
 from animatelcm.nets.blocks import Stage
 from animatelcm.planning import GIB
 from animatelcm.planning import plan as counted
+from animatelcm.saving import save
 
 pytest.importorskip("peft")
 plan = cache(counted)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from animatelcm import objectives, recipes, stages
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.config import ConsistencyConfig
 from animatelcm.data.batches import ClipBatch
 from animatelcm.ema import Ema
@@ -24,6 +24,7 @@ from animatelcm.nets.adapters import Adapter, Clues, Hints
 from animatelcm.nets.image_encoder import ImageEncoder, ImageEncoderConfig
 from animatelcm.rng import generator
 from animatelcm.roles import Roles, adapter_roles
+from animatelcm.saving import save
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.training import train
 from animatelcm.weights.fuse import fused

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import standins
 from animatelcm.assembly import load_sum
-from animatelcm.bundle import load, save
+from animatelcm.bundle import load
 from animatelcm.cli import main
 from animatelcm.conversion import convert
 from animatelcm.inspection import describe
@@ -20,6 +20,7 @@ from animatelcm.model_source import ModelSource
 from animatelcm.nets import sd15
 from animatelcm.provenance import command, recipe
 from animatelcm.request import SampleRequest
+from animatelcm.saving import save
 from animatelcm.vae import read_vae
 from networks import same_state
 

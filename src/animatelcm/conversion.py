@@ -13,17 +13,7 @@ import torch
 
 from animatelcm.adapters import IMAGE
 from animatelcm.building import empty_weights, read_json, read_part
-from animatelcm.bundle import (
-    ADAPTERS,
-    IMAGE_LORA,
-    check_folder,
-    load,
-    new_folder,
-    read_facts_file,
-    save,
-    scheduler_of,
-    write_json,
-)
+from animatelcm.bundle import ADAPTERS, IMAGE_LORA, load, read_facts_file
 from animatelcm.hub import find
 from animatelcm.ldm import is_checkpoint, write_checkpoint
 from animatelcm.model import VideoModel
@@ -31,6 +21,7 @@ from animatelcm.model_source import Target
 from animatelcm.nets import emoji, sd15
 from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
+from animatelcm.saving import check_folder, new_folder, save, scheduler_of, write_json
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.weights.facts import MOTION, NOISE, SAMPLING, MotionFacts, read_facts
 from animatelcm.weights.families import family_of

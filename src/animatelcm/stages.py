@@ -13,7 +13,7 @@ from torch import nn
 
 from animatelcm import objectives
 from animatelcm.assembly import with_temporal_layers
-from animatelcm.bundle import load, write_named_lora
+from animatelcm.bundle import load
 from animatelcm.checkpoint import TrainState
 from animatelcm.config import AdapterConfig, TrainConfig
 from animatelcm.data.batches import ClipBatch
@@ -28,6 +28,7 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import UNetConfig
 from animatelcm.objectives import Draw, Terms
 from animatelcm.roles import adapter_roles, consistency_roles
+from animatelcm.saving import write_named_lora
 from animatelcm.weights.fuse import fused
 
 if TYPE_CHECKING:

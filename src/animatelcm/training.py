@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from animatelcm import checkpoint, processes, stages, video
-from animatelcm.bundle import save
 from animatelcm.checkpoint import TrainState
 from animatelcm.config import TrainConfig
 from animatelcm.data.batches import ClipBatch, draw_indices, prefetched
@@ -34,6 +33,7 @@ from animatelcm.objectives import Draw, Terms
 from animatelcm.request import SampleRequest
 from animatelcm.rng import generator
 from animatelcm.sampling import sample
+from animatelcm.saving import save
 from animatelcm.sources import open_source
 
 if TYPE_CHECKING:

@@ -233,8 +233,8 @@ class Fuse:
             raise ValueError(f"{out} exists; choose another name, or add --force to replace a model folder")
         if self.source.embedding:
             raise ValueError("a model folder has no room for textual inversions; give --embedding to generate instead")
-        from animatelcm.bundle import check_folder, save, scheduler_of
         from animatelcm.fusion import baked
+        from animatelcm.saving import check_folder, save, scheduler_of
 
         check_folder(out)
         model = baked(load(self.source, "cpu", keep=False))

@@ -28,6 +28,7 @@ from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import drafts, initial_noise
+from animatelcm.saving import save
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
 
@@ -237,7 +238,7 @@ def flops(model: VideoModel, case: Case) -> dict[str, int]:
 
 def _processes(model: VideoModel, pipe: AnimateDiffPipeline, case: Case, folder: Path) -> dict[str, Timing]:
     """Whole processes from nothing to a file; the model lies on the disk, and in its cache after the first."""
-    bundle.save(model, folder / "ours", torch.float32)
+    save(model, folder / "ours", torch.float32)
     pipe.save_pretrained(folder / "theirs")
     size = str(case.size)
     flags = ["--steps", str(case.steps), "--frames", str(case.frames), "--size", f"{size}x{size}", "--force"]
