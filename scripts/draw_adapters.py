@@ -35,13 +35,16 @@ class Options:
     model: str = "emoji"
     adapted: str = ""
     """The same model with the adapter after its adaptation; "" leaves control.png out."""
+    steps: int = 2
+    """Of the clips in i2v.png: two keep a picture best."""
     kind: Steer = "edge"
     clips: tuple[int, ...] = (1, 3, 6, 8, 12, 17)
     """Of the evaluation's prompts, in their order."""
 
 
-def made(model: VideoModel, prompt: str, given: Condition, seed: int) -> np.ndarray:
-    return sample(model, SampleRequest(prompt=prompt, seed=seed), condition=given)[0].frames
+def made(model: VideoModel, prompt: str, given: Condition, seed: int, steps: int | None = None) -> np.ndarray:
+    request = SampleRequest(prompt=prompt, seed=seed, num_inference_steps=steps)
+    return sample(model, request, condition=given)[0].frames
 
 
 def i2v_figure(model: VideoModel, options: Options) -> np.ndarray:
@@ -49,7 +52,7 @@ def i2v_figure(model: VideoModel, options: Options) -> np.ndarray:
     data, rows, captions = protocol.data(PROMPT_SEED, protocol.clips), [], []
     for i in options.clips:
         given = condition(data.shot(i), protocol.pack, "i2v")
-        clip = made(model, data.shot(i).caption, given, seed=i)
+        clip = made(model, data.shot(i).caption, given, seed=i, steps=options.steps)
         shown = np.linspace(0, len(clip) - 1, COLUMNS).round().astype(int)
         rows.append(np.concatenate([given.image[None], clip[shown]]))
         captions.append(data.shot(i).caption)

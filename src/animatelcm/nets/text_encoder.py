@@ -69,8 +69,10 @@ class TextConfig:
         return cls(**{key: value for key, value in config.items() if key in names})
 
     def to_transformers(self) -> dict[str, Any]:
-        """The contents of ``text_encoder/config.json``."""
-        return {"architectures": ["CLIPTextModel"], **asdict(self), "model_type": "clip_text_model"}
+        """The contents of ``text_encoder/config.json``; where nobody says a type, weights in half are to be read as
+        diffusers reads those of its own networks: in float32."""
+        facts = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32"}
+        return asdict(self) | facts
 
 
 class TextEncoder(nn.Module):
