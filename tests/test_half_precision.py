@@ -141,7 +141,8 @@ def test_float16_keeps_the_gradient_that_bfloat16_drowns():
         gradients[dtype] = torch.cat([value.grad.flatten() for value in state.parameters.values()])
         state.optimizer.zero_grad(set_to_none=True)
     half, brain = (torch.cosine_similarity(gradients[torch.float32], gradients[d], 0) for d in list(gradients)[:0:-1])
-    assert half > 0.8 > 0.6 > brain, (half, brain)
+    assert half > 0.9, half
+    assert 1 - brain > 4 * (1 - half), (half, brain)  # it rounds eight times as coarsely
 
 
 def test_float16_is_refused_without_a_gpu(narrow_folder, tmp_path, monkeypatch):

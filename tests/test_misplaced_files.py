@@ -47,7 +47,7 @@ def test_an_autoencoder_is_no_lora():
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (VAE, ("is Autoencoder (", "a whole autoencoder goes in as --vae")),
+        (VAE, ("is AutoencoderKL", "a whole autoencoder goes in as --vae")),
         (VAE / "diffusion_pytorch_model.safetensors", ("is Autoencoder (", "a whole autoencoder goes in as --vae")),
         (VAE.parent / "unet", ("is UNet2DConditionModel", "--decoder takes an AutoencoderTiny's folder")),
         (VAE.parent / "tokenizer", ("is a folder without config.json and weights", "--decoder takes")),
