@@ -27,12 +27,23 @@ FLAGS = (
     "--disable-sync",
     "--hide-scrollbars",
 )
-PATIENCE = 30.0  # seconds
+PATIENCE = 30.0
+"""Seconds for a browser that runs to answer."""
+START = 120.0
+"""Seconds for its first answer: a program just installed, read from a disk that tests keep busy. Tried twice."""
 
 
 def found() -> str:
     """A browser's program: $CHROMIUM, or one by its usual names; empty where there is none."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), "")
+
+
+def start(program: str, folder: Path) -> Browser:
+    """A browser that answers, its files in a folder. Raises TimeoutError, with what it printed, where two do not."""
+    try:
+        return Browser(program, folder / "first")
+    except TimeoutError:
+        return Browser(program, folder / "second")
 
 
 class Browser:
@@ -48,14 +59,24 @@ class Browser:
             os.dup2(high[1], 4)
 
         words = [program, *FLAGS, f"--window-size={width},{height}", f"--user-data-dir={folder}", "about:blank"]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(words, close_fds=False, preexec_fn=hand_over, **quiet)
+        folder.mkdir(parents=True)
+        with (folder / "printed").open("w") as log:
+            said = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.process = subprocess.Popen(words, close_fds=False, preexec_fn=hand_over, **said)
         for fd in (theirs_in, theirs_out, *high):
             os.close(fd)
         self._in, self._out, self._rest, self._number = ours_in, ours_out, b"", 0
         self._session: str | None = None
         self.complaints: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._patience = START
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        except (TimeoutError, RuntimeError, OSError) as error:
+            self.process.kill()
+            self.close()
+            printed = (folder / "printed").read_text(errors="replace")[-2000:]
+            raise TimeoutError(f"no browser: {error}; it printed: {printed or 'nothing'}") from error
+        self._patience = PATIENCE
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
@@ -74,7 +95,7 @@ class Browser:
                 return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         while b"\0" not in self._rest:
             if not select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise TimeoutError("the browser does not answer")

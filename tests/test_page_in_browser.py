@@ -26,7 +26,7 @@ PERIOD = 2.0  # seconds
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    opened = browser.Browser(PROGRAM, tmp_path_factory.mktemp("browser"))
+    opened = browser.start(PROGRAM, tmp_path_factory.mktemp("browser"))
     yield opened
     opened.close()
 
