@@ -35,6 +35,7 @@ ROWS = [
     },
     {
         "objectives",
+        "feedback",
         "sampling",
         "decoding",
         "memory",

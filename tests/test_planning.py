@@ -135,6 +135,24 @@ def test_an_adapter_without_a_teacher_costs_less_than_temporal_layers_with_one(a
     assert ours.flops < theirs.flops
 
 
+def test_feedback_costs_half_a_sampler_and_a_decoder(fresh_model):
+    def planned(**changes):
+        config = recipes.t2i_adapter_lora_emoji()
+        return plan(replace(config, consistency=replace(config.consistency, **changes)))
+
+    none, one, three = planned(), planned(feedback=1.0, feedback_steps=1), planned(feedback=1.0, feedback_steps=3)
+    forward = (planned(earlier="guided-noise").flops - none.flops) // 2
+    assert three.flops - one.flops == forward  # one to three evaluations are two on average
+    frames = torch.zeros(4 * 4, 16, 8, 8, requires_grad=True)  # of four clips
+    with FlopCounterMode(display=False) as decoding:
+        copy.deepcopy(fresh_model.vae).requires_grad_(False).decode(frames).sum().backward()
+    backward = none.flops - 2 * forward
+    # But for the decoder's one attention, whose backward pass is counted there as if it were spelled out.
+    assert one.flops - none.flops - forward - backward == pytest.approx(decoding.get_total_flops(), rel=1e-3)
+    assert one.activations_gib > 2 * none.activations_gib
+    assert one.weights_gib == none.weights_gib
+
+
 def test_adapters_train_what_a_run_trains(fresh_model, tmp_path):
     """Counted in the models that both runs begin with: a fresh T2I-Adapter, LoRA layers on a ControlNet."""
     widths, channels = fresh_model.unet.config, fresh_model.vae.config.latent_channels

@@ -14,6 +14,8 @@ DataKind = Literal["emoji-images", "emoji-clips", "folder"]
 Objective = Literal["autoencoder", "diffusion", "consistency"]
 Trainable = Literal["autoencoder", "decoder", "image", "motion", "lora", "adapter"]
 AdapterKind = Literal["image", "image_tokens", "t2i_adapter", "controlnet"]
+FED_BACK = ("edge", "tile", "pose")
+"""Kinds of control maps that frames can be held against by a function with a gradient; pose: the miniature's."""
 LCM_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -156,6 +158,12 @@ class ConsistencyConfig:
     """Pseudo-Huber of every element, averaged (released code), or of the whole clip's norm (as the paper writes)."""
     first_frame: float = 1.0
     """How many other frames a clip's first one counts for: an encoder of pictures has to give that one back."""
+    feedback: float = 0.0
+    """How much it counts that the maps found in predicted frames are those an adapter was shown (``feedback``)."""
+    feedback_frames: int = 4
+    """Of a clip, drawn at random at each step: so many are decoded for it."""
+    feedback_steps: int = 4
+    """Of the sampler that makes those frames from noise; they are looked at after any of its evaluations."""
     delta: float = 0.0
     gamma: float = 1.0
     """lambda_n = (1 - delta n / N)^gamma (eq. 10)."""
@@ -185,6 +193,12 @@ class ConsistencyConfig:
             raise ValueError(f"first_frame={self.first_frame} must be positive; 1 weights all frames alike")
         if not 1 <= self.solver_steps <= 1000 or (self.k is not None and self.k < 1):
             raise ValueError(f"solver_steps={self.solver_steps} (1..1000) or k={self.k} (1 or more) is out of range")
+        if self.feedback < 0 or self.feedback_frames < 1 or not 1 <= self.feedback_steps <= self.solver_steps:
+            given = f"feedback={self.feedback}, feedback_frames={self.feedback_frames}"
+            raise ValueError(
+                f"{given}, feedback_steps={self.feedback_steps}: give a weight of 0 (none) or more, one frame or more, "
+                "and 1 to solver_steps steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +278,12 @@ class TrainConfig:
             raise ValueError('adapter describes what trains: give it with trainable="adapter", only there')
         if self.adapter is not None and (self.model == "new" or self.sample_prompts):
             raise ValueError("an adapter stands beside a model that exists, and has no sample_prompts; give neither")
+        if self.consistency.feedback > 0 and (self.adapter is None or self.adapter.name not in FED_BACK):
+            given = None if self.adapter is None else self.adapter.name
+            raise ValueError(
+                f"consistency.feedback is for adapters of {', '.join(FED_BACK)}, whose maps frames are held against; "
+                f"with adapter.name={given!r} set it to 0"
+            )
         if self.adapter is not None and self.lora is None and self.objective == "consistency" and self._taught:
             raise ValueError(
                 'a teacher has no new adapter: set consistency.earlier="noise", or give lora to adapt one that is there'

@@ -21,7 +21,8 @@ KINDS = ("canny", "edge", "depth", "pose", "tile")
 FOUND_ELSEWHERE = ("depth", "pose")  # by networks that are not here
 CANNY = (100, 200)  # thresholds of the field's preprocessors, of gradients by Sobel on 0..255
 
-_STEP = 0.75 * 16  # the gradient by Scharr, whose weights add up to 16, of a step of 1 that was blurred by 1 2 1
+STEP = 0.75 * 16
+"""The gradient by Scharr, whose weights add up to 16, of a step of 1 that was blurred by 1 2 1."""
 _STILL_SUFFIXES = (*video.IMAGE_SUFFIXES, ".gif", ".webp")
 
 
@@ -96,7 +97,7 @@ def _edge(cv2: ModuleType, frame: np.ndarray) -> np.ndarray:
     border = cv2.BORDER_REPLICATE
     smooth = cv2.GaussianBlur(frame.astype(np.float32), (3, 3), 0, borderType=border)
     across, down = (cv2.Scharr(smooth, cv2.CV_32F, *axis, borderType=border) for axis in ((1, 0), (0, 1)))
-    steepest = np.hypot(across, down).max(axis=-1, keepdims=True) / _STEP
+    steepest = np.hypot(across, down).max(axis=-1, keepdims=True) / STEP
     return np.repeat(np.rint(steepest.clip(max=255)).astype(np.uint8), 3, axis=-1)
 
 

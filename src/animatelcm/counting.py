@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,12 @@ def parameters(role: Role) -> Iterator[tuple[str, nn.Parameter]]:
 
 def count(role: Role, inputs: Inputs, clues: Clues) -> tuple[int, int, int]:
     """FLOPs of a forward and of its backward pass, and the bytes in float32 that the first keeps for the second."""
+    motion, weights = role.network.motion is not None, [parameter for _, parameter in parameters(role)]
+    return counted(lambda: role(*inputs, motion=motion, clues=clues), weights)
+
+
+def counted(forward: Callable[[], Tensor], weights: Iterable[nn.Parameter]) -> tuple[int, int, int]:
+    """The same of any function with such weights."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -60,12 +66,12 @@ def count(role: Role, inputs: Inputs, clues: Clues) -> tuple[int, int, int]:
 
     with _Flops() as flops, _fused_attention():
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = role(*inputs, motion=role.network.motion is not None, clues=clues).sum()
-        forward = flops.total
+            loss = forward().sum()
+        there = flops.total
         loss.backward()
-    weights = {parameter.untyped_storage()._cdata for _, parameter in parameters(role)}
-    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
-    return forward, flops.total - forward, kept
+    owned = {parameter.untyped_storage()._cdata for parameter in weights}
+    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in owned)
+    return there, flops.total - there, kept
 
 
 def largest_layer(role: Role, inputs: Inputs, clues: Clues) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from animatelcm.config import ConsistencyConfig
 from animatelcm.consistency import consistency_function, renoise
 from animatelcm.data.batches import ClipBatch
+from animatelcm.feedback import disagreement
 from animatelcm.losses import mse, pseudo_huber, pseudo_huber_norm, step_weight
 from animatelcm.nets.adapters import Adapter, Clues
 from animatelcm.nets.emoji import LATENT_NOISE
@@ -89,13 +90,15 @@ def consistency(
     *,
     config: ConsistencyConfig,
     timestep_shift: float = 1.0,
+    control: str = "",
 ) -> Terms:
     """Consistency distillation of images (F = 1, no temporal layers) and clips (AnimateLCM, eq. 10).
 
     A clip is noised to t_{n+1}, n uniform, or pushed towards noise by ``timestep_shift`` > 1. The teacher, guided with
     w ~ U[w_min, w_max], leads it one solver step back (eq. 7, 8); the student's prediction of x_0 there is pulled to
     the target's from the earlier point. Without a teacher the earlier point is the same clip with less of the same
-    noise (section 4.3, eq. 12); a guide adds w times what the text changes in its own prediction of each frame.
+    noise (section 4.3, eq. 12); a guide adds w times what the text changes in its own prediction of each frame. An
+    adapter of maps of the kind ``control`` may hear what its frames show of them (``config.feedback``).
     """
     x_0 = latents(model, batch)
     size, motion, seen = x_0.shape[0], x_0.shape[2] > 1, clues(batch, x_0)
@@ -122,7 +125,34 @@ def consistency(
         target = consistency_function(x_s, noise, s, model.schedule)
     distance = DISTANCES[config.distance](predicted - target, config.huber_c, first_frame=config.first_frame)
     weight = step_weight(index, config.solver_steps, config.delta, config.gamma)
-    return Terms(weight * distance, {"mse": mse(predicted.detach() - target).mean()})
+    loss, logs = weight * distance, {"mse": mse(predicted.detach() - target).mean()}
+    if config.feedback > 0:
+        assert seen.maps is not None
+        source = draw("feedback")
+        frames = torch.randperm(x_0.shape[2], generator=source)[: config.feedback_frames].to(x_0.device)
+        made = _begun_and_left(model, roles.student, text, seen, torch.zeros_like(x_0), source, config.feedback_steps)
+        away = disagreement(model, made[:, :, frames], seen.maps[:, :, frames], control)
+        loss, logs = loss + config.feedback * away, {**logs, "feedback": away.mean().detach()}
+    return Terms(loss, logs)
+
+
+def _begun_and_left(
+    model: VideoModel, role: Role, text: Tensor, seen: Clues, like: Tensor, source: torch.Generator, steps: int
+) -> Tensor:
+    """What a role makes of noise with the consistency sampler in ``steps`` evaluations, left after one of them: its
+    prediction of x_0 there, (B, C, F, h, w). Gradients reach that last evaluation alone (DRaFT, Clark et al. 2023)."""
+    times = model.schedule.lcm_timesteps(steps).to(like.device)
+    last = int(torch.randint(steps, (1,), generator=source))
+    x_t = torch.randn(like.shape, generator=source).to(like.device)
+    for step, t in enumerate(times[: last + 1]):
+        t_b = t.expand(len(like))
+        with torch.set_grad_enabled(step == last):
+            noise = role(x_t, t_b, text, motion=like.shape[2] > 1, clues=seen).float()
+            x_0 = consistency_function(x_t, noise, t_b, model.schedule)
+        if step < last:
+            fresh = torch.randn(like.shape, generator=source).to(like.device)
+            x_t = renoise(x_0, fresh, times[step + 1].expand(len(like)), model.schedule)
+    return x_0
 
 
 def shifted_draw(count: int, size: int, shift: float, source: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from animatelcm.config import LCM_TARGETS, LoraConfig, TrainConfig
-from animatelcm.counting import ADAPTER, Inputs, count, largest_layer, parameters
+from animatelcm.counting import ADAPTER, Inputs, count, counted, largest_layer, parameters
 from animatelcm.nets import emoji, lora, sd15
 from animatelcm.nets.adapters import Adapter, Clues
 from animatelcm.nets.autoencoder import Autoencoder, AutoencoderConfig
@@ -114,6 +114,8 @@ def plan(config: TrainConfig, *, processes: int | None = None) -> Plan:
         role = _student(config, shapes, motion=inputs[0].shape[2] > 1)
         clues = _clues(config, inputs[0], shapes)
         beside = sum(p.numel() for net in (Autoencoder(shapes.vae), TextEncoder(shapes.text)) for p in net.parameters())
+        decoder = Autoencoder(shapes.vae).requires_grad_(False)
+        shown = inputs[0][:, :, : config.consistency.feedback_frames].transpose(1, 2).flatten(0, 1).requires_grad_()
     forward, backward, kept = count(role, inputs, clues)
     layer = largest_layer(role, inputs, clues) if config.gradient_checkpointing else 0
     sizes = {name: parameter.numel() for name, parameter in parameters(role)}
@@ -122,6 +124,11 @@ def plan(config: TrainConfig, *, processes: int | None = None) -> Plan:
     taught = distils and config.consistency.earlier == "teacher"
     # The student's, the target's, the teacher's two (a guide's two, which are smaller, are counted as large).
     evaluations = 1 if not distils else 2 if config.consistency.earlier == "noise" else 4
+    flops = evaluations * forward + backward
+    if distils and config.consistency.feedback > 0:  # half of a sampler's evaluations, the last with its backward pass
+        to_pixels, back, held = counted(lambda: decoder.decode(shown), decoder.parameters())
+        flops += (config.consistency.feedback_steps + 1) * forward // 2 + backward + to_pixels + back
+        kept = 2 * kept + held
     copies = 5 if distils else 4  # gradient, two moments, the average that is sampled, and the target
     second = taught and config.trainable != "lora"  # temporal layers beside the live ones
     teacher = sum(size for name, size in sizes.items() if second and "motion_modules" in name)
@@ -139,7 +146,7 @@ def plan(config: TrainConfig, *, processes: int | None = None) -> Plan:
         clips=config.steps * batch * config.batch_size,
         parameters=every,
         trainable=updated,
-        flops=config.gradient_accumulation_steps * (evaluations * forward + backward),
+        flops=config.gradient_accumulation_steps * flops,
         weights_gib=weights / GIB,
         **{name: size / GIB for name, size in memory.items()},
         memory_gib_at_least=(weights + sum(memory.values())) / GIB,

@@ -279,8 +279,8 @@ def _distil(config: TrainConfig, model: VideoModel, state: TrainState, batch: Cl
             average={name.removeprefix("unet."): value for name, value in average.items()},
             teacher_motion=model.teacher_motion,
         )
-    shift = config.timestep_shift
-    return objectives.consistency(model, roles, batch, draw, config=config.consistency, timestep_shift=shift)
+    options = {"timestep_shift": config.timestep_shift, "control": config.adapter.name if config.adapter else ""}
+    return objectives.consistency(model, roles, batch, draw, config=config.consistency, **options)
 
 
 def result(config: TrainConfig, model: VideoModel) -> VideoModel:

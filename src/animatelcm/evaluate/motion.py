@@ -95,11 +95,11 @@ def centre_of_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _axes(weight: Tensor) -> tuple[Tensor, Tensor]:
     height, width = weight.shape[1:]
-    return _cell_centres(width), _cell_centres(height)[:, None]
+    return _cell_centres(width, weight.device), _cell_centres(height, weight.device)[:, None]
 
 
-def _cell_centres(cells: int) -> Tensor:
-    return (torch.arange(cells) + 0.5) * (2 / cells) - 1
+def _cell_centres(cells: int, device: torch.device) -> Tensor:
+    return (torch.arange(cells, device=device) + 0.5) * (2 / cells) - 1
 
 
 def _turns(pictures: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
