@@ -187,6 +187,9 @@ def test_feedback_that_nothing_could_give_is_refused():
     for other in (recipes.i2v_emoji(), recipes.image_lcm_emoji()):
         with pytest.raises(ValueError, match="feedback is for adapters of edge, tile, pose, whose maps"):
             replace(other, consistency=replace(other.consistency, feedback=1.0))
+    pose = recipes.controlnet_lora_emoji()
+    with pytest.raises(ValueError, match="plain backgrounds alone"):
+        replace(pose, data=replace(pose.data, kind="folder", path="clips"))
     for wrong in ({"feedback": -1.0}, {"feedback_frames": 0}, {"feedback_steps": 0}, {"feedback_steps": 51}):
         with pytest.raises(ValueError, match="feedback_frames"):
             ConsistencyConfig(**wrong)

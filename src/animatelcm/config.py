@@ -284,6 +284,11 @@ class TrainConfig:
                 f"consistency.feedback is for adapters of {', '.join(FED_BACK)}, whose maps frames are held against; "
                 f"with adapter.name={given!r} set it to 0"
             )
+        if self.consistency.feedback > 0 and self.adapter.name == "pose" and self.data.kind == "folder":
+            raise ValueError(
+                "consistency.feedback finds things on the miniature's plain backgrounds alone, not where pose maps of "
+                'data.kind "folder" have them; set it to 0'
+            )
         if self.adapter is not None and self.lora is None and self.objective == "consistency" and self._taught:
             raise ValueError(
                 'a teacher has no new adapter: set consistency.earlier="noise", or give lora to adapt one that is there'

@@ -1,6 +1,6 @@
 """What an adapter of control maps learns from the frames themselves: whether those show the maps that it was given.
 
-The consistency feedback of ControlNet++ (Li et al. 2024, section 3.2), on what a few-step model makes of noise: few
+The consistency feedback of ControlNet++ (Li et al. 2024), on what a few-step model makes of noise: few
 evaluations lead to frames, so that these are of the model's own making, mistakes and all. No teacher takes part.
 """
 
