@@ -44,6 +44,12 @@ def test_maps_are_those_of_opencv_but_for_rounding(kind, bound):
     assert np.abs(seen - wanted).max() <= bound
 
 
+def test_edges_are_found_in_float32_where_half_precision_is_the_rule():
+    wanted = found(tensors(frames()), "edge")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found(tensors(frames()), "edge"), wanted)
+
+
 @pytest.mark.parametrize("kind", ["canny", "depth", "pose"])
 def test_maps_without_a_gradient_are_refused(kind):
     with pytest.raises(ValueError, match=f"{kind} maps are not found by a function with a gradient"):

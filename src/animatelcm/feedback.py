@@ -97,8 +97,9 @@ def _soft_edges(frames: Tensor) -> Tensor:
     low, high = frames.new_tensor([1.0, 2.0, 1.0]) / 4, frames.new_tensor([3.0, 10.0, 3.0])
     difference = frames.new_tensor([-1.0, 0.0, 1.0])
     planes = frames.flatten(0, 1).unsqueeze(1)
-    smooth = _filtered(planes, torch.outer(low, low))
-    across, down = _filtered(smooth, torch.outer(high, difference)), _filtered(smooth, torch.outer(difference, high))
+    with torch.autocast(frames.device.type, enabled=False):  # a convolution would round
+        smooth = _filtered(planes, torch.outer(low, low))
+        across, down = (_filtered(smooth, torch.outer(*axes)) for axes in ((high, difference), (difference, high)))
     length = (across.square() + down.square() + SMALL**2).sqrt() - SMALL
     return (length.unflatten(0, frames.shape[:2]).amax(1) / (STEP * 255)).clamp(max=1)
 
