@@ -33,11 +33,7 @@ def _surface() -> list[str]:
     lines = [f"animatelcm.{name}" for name in animatelcm.__all__]
     for kind in KINDS:
         lines += [f"{kind.__name__}.{field.name}" for field in fields(kind)]
-    lines += [
-        f"recipe {name}"
-        for name, value in vars(recipes).items()
-        if getattr(value, "__module__", "") == recipes.__name__
-    ]
+    lines += [f"recipe {name}" for name in recipes.__all__]
     return sorted(lines)
 
 

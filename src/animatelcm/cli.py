@@ -120,9 +120,8 @@ def _eval_verb(words: list[str]) -> None:
 
 def _train_verb(words: list[str]) -> None:
     """``train RECIPE --field value``: the recipe's config is the flags' default."""
-    names = [name for name, value in vars(recipes).items() if getattr(value, "__module__", "") == recipes.__name__]
-    if not words or words[0] not in names:
-        raise ValueError(f"train needs a recipe, got {_given(words)}; recipes: {', '.join(names)}")
+    if not words or words[0] not in recipes.__all__:
+        raise ValueError(f"train needs a recipe, got {_given(words)}; recipes: {', '.join(recipes.__all__)}")
 
     recipe = getattr(recipes, words[0])
 
