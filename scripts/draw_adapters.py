@@ -1,9 +1,10 @@
 """Draw what adapters do, before and after their adaptation (AnimateLCM, figure 6).
 
-    python scripts/draw_adapters.py --out docs --adapted runs/out/t2i_adapter_lora_emoji/model
+    python scripts/draw_adapters.py --out docs --model runs/out/controlnet_emoji/model --kind pose \
+        --adapted runs/out/controlnet_lora_emoji/model --clips 12 17 6 19
 
 * ``i2v.png``: a picture from data that no recipe trains on, and eight frames of the clip made of it, a row each.
-* ``control.png``: for each clip its edges, the clip that the adapter as it was makes of them, and the adapted one's.
+* ``control.png``: for each clip its maps, the clip that the adapter as it was makes of them, and the adapted one's.
 """
 
 from __future__ import annotations
