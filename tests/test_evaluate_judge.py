@@ -127,11 +127,21 @@ def test_the_protocol_is_named_by_all_that_it_says():
         Protocol(),
         Protocol(clips=255),
         Protocol(real=99),
+        Protocol(split="validation"),
         Protocol(style_truth="noto"),
         Protocol(concepts=FEW),
     ]
-    assert len({facts_hash(protocol.facts) for protocol in variants}) == 5
+    assert len({facts_hash(protocol.facts) for protocol in variants}) == 6
     assert facts_hash(Protocol().facts) == facts_hash(variants[0].facts)
+
+
+def test_what_is_chosen_by_is_not_what_is_reported():
+    """Other prompts, held against the same real clips."""
+    test, validation = (Protocol(clips=20, real=24, split=split) for split in ("test", "validation"))
+    asked = [[shot.caption for shot in prompts("clips", p.data(p.prompt_seed, 20))] for p in (test, validation)]
+    assert sum(a == b for a, b in zip(*asked, strict=True)) <= 2
+    assert test.judging == validation.judging
+    assert len({test.prompt_seed, validation.prompt_seed, FLOOR_SEED}) == 3
 
 
 @pytest.mark.parametrize(

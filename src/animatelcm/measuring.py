@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from animatelcm.evaluate.report import Kind, Steer
+from animatelcm.evaluate.report import Kind, Split, Steer
 from animatelcm.model_source import Compile, ModelSource, Precision
 from animatelcm.terminal import bars, load, say, told
 
@@ -36,6 +36,8 @@ class EvalEmoji:
     """Prompts of the kind clips, and at most as many of each other kind."""
     real: int = 2048
     """Real clips that those are held against."""
+    split: Split = "test"
+    """Whose prompts: test, of the figures that are reported; validation, others, to choose a model or a setting by."""
     ceilings: bool = False
     """Also judge the real clips of the prompts, and those through the model's autoencoder."""
     keep: int = 8
@@ -57,7 +59,8 @@ class EvalEmoji:
 
         out = at_home(self.out)
         settings = [emoji.Setting.parse(text) for text in self.settings]
-        protocol = Protocol(clips=self.clips, real=self.real, style_truth=self.style_truth, steer=self.steer)
+        counts = {"clips": self.clips, "real": self.real}
+        protocol = Protocol(**counts, style_truth=self.style_truth, steer=self.steer, split=self.split)
         model = load(self.source, self.device)
         settings = settings or [emoji.Setting.of(model.facts)]
         with bars(quiet=self.json) as progress:

@@ -29,7 +29,7 @@ from animatelcm.data.emoji import Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
 from animatelcm.evaluate import steered
 from animatelcm.evaluate.bootstrap import average, ends
-from animatelcm.evaluate.judge import PROMPT_SEED, Judge, Progress, Protocol, silent
+from animatelcm.evaluate.judge import Judge, Progress, Protocol, silent
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
 from animatelcm.evaluate.takes import Take, keep_clips
@@ -188,7 +188,7 @@ def _kept(path: Path, about: dict[str, str], force: bool) -> Row | None:
 
 
 def _made(kind: Kind, name: str, make: Maker, judge: Judge) -> tuple[list[Shot], list[Take]]:
-    shots, takes = prompts(kind, judge.protocol.data(PROMPT_SEED, judge.protocol.clips)), []
+    shots, takes = prompts(kind, judge.protocol.data(judge.protocol.prompt_seed, judge.protocol.clips)), []
     for seed, shot in enumerate(shots):
         takes.append(make(shot, seed))
         judge.progress(f"{name}, {kind}", seed + 1, len(shots))

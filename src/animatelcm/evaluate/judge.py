@@ -31,11 +31,11 @@ from animatelcm.evaluate.features import JUDGED, SIDE, clip_features, network_ha
 from animatelcm.evaluate.frechet import Gaussian, frechet_distance, gaussian
 from animatelcm.evaluate.motion import classify, motion_amount
 from animatelcm.evaluate.prompts import PER_CONCEPT, PER_MOTION
-from animatelcm.evaluate.report import Kind, Steer, facts_hash
+from animatelcm.evaluate.report import Kind, Split, Steer, facts_hash
 from animatelcm.weights.files import read_safetensors, write_safetensors
 
 VERSION = 1  # of the protocol: to be raised by whoever changes what a figure is
-PROMPT_SEED, REAL_SEED, FLOOR_SEED = 1001, 1002, 1003
+PROMPT_SEED, REAL_SEED, FLOOR_SEED, CHOICE_SEED = 1001, 1002, 1003, 1004
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it, of how much) -> None."""
@@ -58,6 +58,8 @@ class Protocol:
     concepts: tuple[str, ...] = SMALL_CONCEPTS
     steer: Steer = ""
     """What of their real clips steers the generated ones."""
+    split: Split = "test"
+    """Whose prompts: those that figures are reported of, or others, to choose a model or a setting by."""
 
     def __post_init__(self) -> None:
         if min(self.clips, self.real) < 2:
@@ -84,6 +86,10 @@ class Protocol:
             seed=seed, length=length, concepts=self.concepts, styles=self.styles, pack=self.pack, real=real
         )
 
+    @property
+    def prompt_seed(self) -> int:
+        return PROMPT_SEED if self.split == "test" else CHOICE_SEED
+
     @cached_property
     def judging(self) -> dict[str, Any]:
         """What the features of a real clip depend on, beside its seed."""
@@ -101,7 +107,7 @@ class Protocol:
     @property
     def facts(self) -> dict[str, Any]:
         """What the hash of the protocol is of."""
-        seeds = {"prompts": PROMPT_SEED, "real": REAL_SEED, "floor": FLOOR_SEED}
+        seeds = {"prompts": self.prompt_seed, "real": REAL_SEED, "floor": FLOOR_SEED}
         counts = {"clips": self.clips, "real": self.real, **PER_CONCEPT, **PER_MOTION}
         steered = {"steer": self.steer} if self.steer else {}
         return {**self.judging, "seeds": seeds, "counts": counts, **steered}

@@ -19,6 +19,9 @@ plain: a clip of each subject; motions: subjects under each motion; held_out: pa
 Steer = Literal["", "i2v", "edge", "canny", "tile", "pose", "depth"]
 """What steers: nothing, the real clip's first frame, or maps of a kind: the name of the adapter that it takes."""
 
+Split = Literal["test", "validation"]
+"""Whose prompts: those that figures are reported of, or others, to choose by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
