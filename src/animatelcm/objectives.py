@@ -130,7 +130,7 @@ def consistency(
         assert seen.maps is not None
         source = draw("feedback")
         frames = torch.randperm(x_0.shape[2], generator=source)[: config.feedback_frames].to(x_0.device)
-        made = _begun_and_left(model, roles.student, text, seen, torch.zeros_like(x_0), source, config.feedback_steps)
+        made = _begun_and_left(model, roles.student, text, seen, x_0, source, config.feedback_steps)
         away = disagreement(model, made[:, :, frames], seen.maps[:, :, frames], control)
         loss, logs = loss + config.feedback * away, {**logs, "feedback": away.mean().detach()}
     return Terms(loss, logs)
