@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatelcm.control_maps import STEP
-from animatelcm.evaluate.motion import centre_of_weight, presence
+from animatelcm.evaluate.motion import NOISE, border, centre_of_weight, presence
 
 if TYPE_CHECKING:
     from animatelcm.model import VideoModel
@@ -22,8 +22,6 @@ SMALL = 1.0
 """Grey levels below which a gradient's direction is no longer told: what keeps its length differentiable."""
 FAINT = 0.05
 """The edge that is half there, in parts of a step over a channel's whole range."""
-NOISE = 0.06
-"""By which a pixel may differ from the background and show nothing."""
 NONE = 0.01
 """Of pixels of edge: so much less than one that it changes nothing but what 0 / 0 is."""
 
@@ -52,9 +50,8 @@ def off_centre(frames: Tensor, maps: Tensor) -> Tensor:
     (N, 3, H, W), in half sides of the frame; 0 where there is no dot. The place is the centre of weight of all that
     shows (``evaluate.motion``)."""
     shown = (frames + 1) / 2
-    border = torch.ones(shown.shape[-2:], dtype=torch.bool, device=shown.device)
-    border[2:-2, 2:-2] = False
-    background = shown.detach()[..., border].median(dim=-1).values
+    rim = torch.from_numpy(border(*shown.shape[-2:])).to(shown.device)
+    background = shown.detach()[..., rim].median(dim=-1).values
     place, _ = centre_of_weight(presence(F.softshrink(shown - background[..., None, None], NOISE)))
     wanted, dot = centre_of_weight(maps[:, 0])
     return (place - wanted).square().sum(1).add(1e-6).sqrt() * (dot > 1)

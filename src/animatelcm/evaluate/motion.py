@@ -19,6 +19,7 @@ from torch import Tensor
 from animatelcm.data.sprites import CLIP_FRAMES, LOOPS, MOTIONS, Pose
 
 STILL = "still"
+NOISE = 0.06  # of the range of a channel: what differs less from the background is none
 PRESENT = 0.15  # of the range of a channel: what differs more from the background weighs no more
 SIZES, DRIFTS = 3, 9  # how finely the free quantities of each motion are tried
 ANGLES = 64  # of a polar picture, 5.6 degrees each
@@ -68,14 +69,19 @@ def measure(frames: np.ndarray) -> Trajectory:
     return Trajectory(centre, radius.log(), _turns(stands_out, centre, radius))
 
 
+def border(height: int, width: int) -> np.ndarray:
+    """Where a frame is nothing but background, as far as that can be said: bool (H, W), two pixels wide."""
+    mask = np.ones((height, width), dtype=bool)
+    mask[2:-2, 2:-2] = False
+    return mask
+
+
 def background(frames: np.ndarray) -> Tensor:
     """The median colour along the border of all uint8 frames (F, H, W, 3): float32 (3,) in [0, 1]."""
-    border = np.ones(frames.shape[1:3], dtype=bool)
-    border[2:-2, 2:-2] = False
-    return torch.from_numpy(frames[:, border]).flatten(0, 1).median(dim=0).values.float() / 255
+    return torch.from_numpy(frames[:, border(*frames.shape[1:3])]).flatten(0, 1).median(dim=0).values.float() / 255
 
 
-def foreground(frames: np.ndarray, threshold: float = 0.06) -> Tensor:
+def foreground(frames: np.ndarray, threshold: float = NOISE) -> Tensor:
     """How each pixel differs from the background, less what noise may do: float32 (F, 3, H, W)."""
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
     return F.softshrink(pixels - background(frames)[:, None, None], threshold)
