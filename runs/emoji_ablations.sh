@@ -4,7 +4,7 @@
 # layers learned on videos alone, for as many steps more as stage 1's operations are worth.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-STEPS=${STEPS:-600}
+STEPS=${STEPS:-240}
 EXTRA=$(python - <<'PY'
 from animatelcm import recipes
 from animatelcm.planning import plan
