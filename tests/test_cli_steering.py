@@ -155,6 +155,15 @@ def test_what_cannot_steer_is_a_sentence_and_no_file(words, named, steered, medi
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words", ["--image nowhere.png", "--image text.png", "--image huge.png", "--control edge=text.png", "--video a.mp4"]
+)
+def test_files_that_cannot_be_read_are_told_before_the_model_is_loaded(words, media, capsys, monkeypatch):
+    monkeypatch.chdir(media)
+    monkeypatch.setattr("animatelcm.verbs.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert words.split("=")[-1].split()[-1] in " ".join(fails(["generate", "a parrot", *words.split()], capsys).split())
+
+
 def test_a_picture_for_a_model_without_an_encoder_is_a_sentence(folder, media, tmp_path, capsys):
     words = ["--image", str(media / "a.png"), "--out", str(tmp_path / "x.mp4")]
     message = fails(_words(folder, *words), capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -128,6 +129,7 @@ class Stub:
 
     calls: list[tuple] = []  # noqa: RUF012 - reset by the fixture
     steady = False
+    pooled = False
 
     def __init__(self, network, *, motion_scale):
         self.motion_scale = motion_scale
@@ -224,6 +226,57 @@ def test_hints_of_a_guided_batch_are_those_of_each_half(model):
         one = steering(model, asked(), steers)(x[i : i + 1], t[i : i + 1], text[i : i + 1], 0.0, 1.0)
         for part, whole in zip((*one[0], *one[1], one[2]), (*both[0], *both[1], both[2]), strict=True):
             torch.testing.assert_close(whole[i : i + 1], part, atol=1e-4, rtol=1e-4)
+
+
+def test_a_shuffle_controlnet_acts_on_the_guided_half_alone(model):
+    """As diffusers' pipelines have it: ``guess_mode or global_pool_conditions`` leaves the other half without."""
+    pooled = copy.deepcopy(model.adapters["pose"])
+    pooled.register_to_config(global_pool_conditions=True)
+    shuffles = replace(model, adapters={"pose": pooled})
+    (x, t, _), text = _inputs(2), torch.randn(2, 32, 128, generator=torch.Generator().manual_seed(1))
+    steers = Condition(controls=(Control("pose", clip(), 0.5),))
+    request = asked(guidance_scale=3.0, sampler="ddim")
+    hints = steering(shuffles, request, steers)(x, t, text, 0.0, 1.0)
+    frames = x[1:].transpose(1, 2).flatten(0, 1)
+    maps = torch.from_numpy(clip()).permute(0, 3, 1, 2).float() / 255
+    options = {"controlnet_cond": maps, "conditioning_scale": 0.5, "return_dict": False}
+    skips, mid = pooled(frames, t[1:].expand(4), encoder_hidden_states=text[1:].expand(4, -1, -1), **options)
+    for ours, theirs in zip((*hints.skip_residuals, hints.mid_residual), (*skips, mid), strict=True):
+        assert not ours[0].any()
+        torch.testing.assert_close(
+            ours[1].transpose(0, 1), theirs.expand_as(ours[1].transpose(0, 1)), atol=1e-4, rtol=0
+        )
+    plain = steering(shuffles, asked(), steers)(x, t, text, 0.0, 1.0)  # two videos without guidance: both act
+    assert all(part.flatten(1).any(1).all() for part in plain.skip_residuals)
+    other = steering(model, request, steers)(x, t, text, 0.0, 1.0)  # one that tells where things are: both halves
+    assert other.mid_residual[0].any()
+
+
+@pytest.mark.parametrize(
+    "part", [(float("nan"), 0, 1), (-1, 0, 1), (11, 0, 1), (1, 0.7, 0.2), (1, 0, 1.5), (1, 0.5, 0.5)]
+)
+def test_a_control_that_cannot_act_is_refused(model, part):
+    with pytest.raises(ValueError, match=r"control edge: give a scale of 0\.\.10 and a part of the steps within 0-1"):
+        steering(model, asked(), Condition(controls=(Control("edge", clip(), *part),)))
+
+
+def test_what_is_kept_of_a_control_does_not_grow_with_the_video(model, monkeypatch):
+    """Features and maps of each window of a long video are made anew, and the same as those of a short one."""
+    monkeypatch.setattr(condition, "KEPT", 4)
+    long, made = clip(12), []
+    hook = model.adapters["edge"].register_forward_hook(lambda _, given, __: made.append(len(given[0])))
+    (x, t, text), spans = _inputs(), [range(4), range(4, 8), range(8, 12)]
+    steer = steering(model, asked(num_frames=12), Condition(controls=(Control("edge", long),)))
+    short = [steering(model, asked(), Condition(controls=(Control("edge", long[s.start : s.stop]),))) for s in spans]
+    wanted = [one(x, t, text, 0.0, 1.0) for one in short]
+    made.clear()
+    for _ in range(2):  # steps
+        for span, one in zip(spans, wanted, strict=True):
+            found = steer(x, t, text, 0.0, 1.0, [span])
+            for ours, theirs in zip(found.features, one.features, strict=True):
+                torch.testing.assert_close(ours, theirs)
+    hook.remove()
+    assert made == [4] * 6
 
 
 # Pixels of no file

@@ -253,6 +253,28 @@ def test_pixels_of_no_file_count_as_a_picture_and_as_a_video():
     assert unused(asked, image=True, video=True) == []
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 25])
+@pytest.mark.parametrize("part", ["0-0.2", "0-0.5", "0.3-0.6", "0.5-1", "0.9-1", "0.34-0.66", "0-1", "0.2-0.9"])
+def test_a_control_that_acts_in_no_step_is_told_a_part_that_does(steps, part):
+    def said(part: str) -> list[str]:
+        asked = SampleRequest(prompt="a", control=(f"edge=a.mp4:1@{part}",), num_inference_steps=steps)
+        return unused(asked.resolved(FACTS))
+
+    start, end = map(float, part.split("-"))
+    acts = any(i / steps >= start and (i + 1) / steps <= end for i in range(steps))  # diffusers' controlnet_keep
+    assert bool(said(part)) != acts
+    if not acts:
+        (sentence,) = said(part)
+        assert sentence.startswith(f"control edge changes nothing: none of the {steps} steps")
+        assert said(sentence.split()[-1]) == []
+
+
+def test_steps_before_the_noise_of_a_video_do_not_count():
+    asked = {"prompt": "a", "control": ("edge=a.mp4:1@0-0.3",), "num_inference_steps": 8, "strength": 0.25}
+    for sampler, idle in (("ddim", 1), ("dpm++", 1), ("lcm", 0)):  # two steps are walked, or eight
+        assert len(unused(SampleRequest(**asked, sampler=sampler, video="a.mp4").resolved(FACTS))) == idle
+
+
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt", "image", "video"])
 @pytest.mark.parametrize("text", ["-fox", "--steps", "-1", "- a fox", "--"])
 def test_a_command_says_what_begins_as_flags_do(name, text):

@@ -198,6 +198,30 @@ def test_a_tiny_strength_keeps_the_clip(sampler):
     assert psnr(0.04) > psnr(0.4) + 3
 
 
+def test_a_video_to_begin_from_is_encoded_once_in_as_much_memory_as_there_is(fresh_model, monkeypatch, caplog):
+    """However many videos begin from it, a group at a time."""
+    request = _request(strength=0.5, num_videos_per_prompt=3)
+    plain = sample(fresh_model, request, condition=Condition(video=clip()))
+    asked, encode = [], fresh_model.encode
+
+    def short(pixels: torch.Tensor, chunk: int = 32) -> torch.Tensor:
+        asked.append(chunk)
+        if chunk > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB")
+        return encode(pixels, chunk)
+
+    monkeypatch.setattr(fresh_model, "encode", short)
+    monkeypatch.setattr("animatelcm.sampling._together", lambda *_: 1)
+    made = sample(fresh_model, request, condition=Condition(video=clip()))
+    assert asked == [16, 4, 1]
+    assert "4 frames at a time" in caplog.text
+    for one, other in zip(made, plain, strict=True):
+        assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
+    monkeypatch.setattr(fresh_model, "encode", lambda pixels, chunk: short(pixels, 2))
+    with pytest.raises(ValueError, match=r"cpu has too little memory to encode even one frame of 64x64; choose"):
+        sample(fresh_model, request, condition=Condition(video=clip()))
+
+
 def test_a_strength_with_too_few_timesteps_left_is_one_sentence(fresh_model):
     request = _request(sampler="lcm", num_inference_steps=4, strength=0.05)
     with pytest.raises(ValueError, match=r"^strength=0\.05 leaves 2 of the 50 timesteps .* 0\.08 at least$"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,13 @@ class Beside(NamedTuple):
     @classmethod
     def of(cls, model: VideoModel) -> Beside:
         return cls(model.unet.config, model.vae.config.latent_channels, model.downscale)
+
+
+def lacking(name: str, known: Collection[str]) -> ValueError:
+    """What to raise where a model has only the ``known`` adapters, and another is asked for."""
+    needs = "an image encoder (i2v)" if name == IMAGE else f"an adapter that reads {name} maps"
+    there = ", ".join(sorted(known)) or "none"
+    return ValueError(f"{needs} is needed, and this model's adapters are: {there}; add one with --adapter {name}=PLACE")
 
 
 def read(folder: Path, name: str, beside: Beside, dtype: torch.dtype) -> nn.Module:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from animatelcm import building
-from animatelcm.adapters import IMAGE, WEIGHTS, Beside, built, read_file
+from animatelcm.adapters import IMAGE, WEIGHTS, Beside, built, lacking, read_file
 from animatelcm.adapters import read as read_adapter
 from animatelcm.bundle import ADAPTERS, load
-from animatelcm.condition import lacking
 from animatelcm.fusion import fuse
 from animatelcm.hub import ADAPTER_FILES, LORA_FILES, MOTION_FILES, find
 from animatelcm.model import VideoModel

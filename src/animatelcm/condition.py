@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from animatelcm import control_maps, images
-from animatelcm.adapters import IMAGE
+from animatelcm import control_maps, images, memory
+from animatelcm.adapters import IMAGE, lacking
 from animatelcm.data.batches import to_pixels
 from animatelcm.model import VideoModel
 from animatelcm.nets.adapters import NOTHING, Adapter, Clues, Hints
-from animatelcm.request import SampleRequest
+from animatelcm.request import SampleRequest, check_part
+from animatelcm.video import probe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,12 @@ LOG = logging.getLogger(__name__)
 Steering = Callable[[Tensor, Tensor, Tensor, float, float, Sequence[range] | None], Hints]
 """(x_t (B, C, F, h, w), t (B,), text (B, L, D), begin and end of the step as shares of all steps, frames) -> hints.
 
-The batch holds windows of frames one after the other, and these once or several times; None is the whole video."""
+The batch holds windows of frames one after the other, and these once or several times (of a guided one, the half
+without text first); None is the whole video."""
+
+KEPT = 64
+"""Frames of a video whose maps and features stay on the device for all steps. Those of longer ones are made anew for
+each window, so that memory does not grow with them."""
 
 
 class Control(NamedTuple):
@@ -36,6 +42,7 @@ class Control(NamedTuple):
     maps: np.ndarray
     scale: float = 1.0
     start: float = 0.0
+    """From ``start`` to ``end`` it acts: shares of the steps, of which it takes part in those that lie within."""
     end: float = 1.0
 
 
@@ -48,6 +55,18 @@ class Condition:
     controls: tuple[Control, ...] = ()
     video: np.ndarray | None = None
     """A video to begin from, uint8 (F, H, W, 3)."""
+
+
+def check_files(request: SampleRequest) -> None:
+    """Raises ValueError, before a model is loaded, where a file that a request names is not there or is of no kind that
+    is read: headers are looked at, no pixels."""
+    if request.image:
+        path = images.at_home(request.image)
+        with images.explained(path), images.opened(path):
+            pass
+    for place in filter(None, (request.video, *(control.file for control in request.controls()))):
+        if not images.at_home(place).is_dir():
+            probe(place)
 
 
 def read(request: SampleRequest, model: VideoModel) -> Condition:
@@ -111,13 +130,6 @@ def _sized(frames: np.ndarray, request: SampleRequest) -> np.ndarray:
     return np.stack([*fitted, *fitted[-1:] * (count - len(fitted))])
 
 
-def lacking(name: str, known: Collection[str]) -> ValueError:
-    """What to raise where a model has only the ``known`` adapters, and another is asked for."""
-    needs = "an image encoder (i2v)" if name == IMAGE else f"an adapter that reads {name} maps"
-    there = ", ".join(sorted(known)) or "none"
-    return ValueError(f"{needs} is needed, and this model's adapters are: {there}; add one with --adapter {name}=PLACE")
-
-
 def _check_adapter(model: VideoModel, name: str) -> None:
     if name not in model.adapters:
         raise lacking(name, model.adapters)
@@ -156,42 +168,59 @@ def steering(model: VideoModel, request: SampleRequest, condition: Condition) ->
     _check_sizes(request, condition)
     if condition.video is not None:
         _check_strength(model, request)
-    parts: list[tuple[Adapter, Clues, Control]] = []
+    parts: list[tuple[Adapter, Clues | None, Control]] = []
     if condition.image is not None:
         pixels = to_pixels([condition.image[None]]).to(model.device)
-        clues = Clues(image=model.encode(pixels)[:, :, 0], pixels=pixels[:, :, 0])
+        clues = Clues(image=memory.encoded(model, pixels)[:, :, 0], pixels=pixels[:, :, 0])
         parts.append((_adapter(model, IMAGE, request.motion_scale), clues, Control(IMAGE, condition.image)))
     for control in condition.controls:
-        maps = to_pixels([control.maps]).add(1).div(2).to(model.device)
-        parts.append((_adapter(model, control.name), Clues(maps=maps), control))
+        check_part(f"control {control.name}", control.scale, control.start, control.end)
+        parts.append((_adapter(model, control.name), None, control))
+    guided = request.guidance_scale not in (None, 1)
+    maps: dict[tuple[int, range], Clues] = {}
     steady: dict[tuple[int, int], Hints] = {}
+
+    def looked_at(i: int, span: range) -> Clues:
+        _, picture, control = parts[i]
+        if picture is not None:
+            return picture
+        if (i, span) in maps:
+            return maps[i, span]
+        cut = torch.from_numpy(control.maps[span.start : span.stop]).to(model.device)
+        clues = Clues(maps=cut.permute(3, 0, 1, 2)[None].float() / 255)
+        if request.shape[0] <= KEPT:
+            maps[i, span] = clues
+        return clues
+
+    def unchanging(i: int, span: range, *seen: Tensor) -> Hints:
+        adapter, picture, _ = parts[i]
+        key = (i, 0 if picture is not None else span.start)
+        if key in steady:
+            return steady[key]
+        hints = adapter(*(tensor[:1] for tensor in seen), looked_at(i, span))
+        if picture is not None or request.shape[0] <= KEPT:
+            steady[key] = hints
+        return hints
 
     def steer(
         x: Tensor, t: Tensor, text: Tensor, begin: float, end: float, spans: Sequence[range] | None = None
     ) -> Hints:
         hints, spans = NOTHING, spans or [range(x.shape[2])]
         repeats = len(x) // len(spans)
-        for i, (adapter, clues, control) in enumerate(parts):
+        for i, (adapter, _, control) in enumerate(parts):
             if begin < control.start or end > control.end:
                 continue
-            seen = [_within(clues, span) for span in spans]
-            if not adapter.steady:
-                found = adapter(x, t, text, _batched_clues(seen).repeated(repeats))
+            if adapter.steady:
+                found = _batched_hints([unchanging(i, span, x, t, text) for span in spans]).repeated(repeats)
             else:
-                keys = [(i, 0 if clues.maps is None else span.start) for span in spans]
-                for key, part in zip(keys, seen, strict=True):
-                    if key not in steady:
-                        steady[key] = adapter(x[:1], t[:1], text[:1], part)
-                found = _batched_hints([steady[key] for key in keys]).repeated(repeats)
+                clues = _batched_clues([looked_at(i, span) for span in spans])
+                told = len(x) // 2 if guided and adapter.pooled else 0
+                found = adapter(x[told:], t[told:], text[told:], clues.repeated((len(x) - told) // len(spans)))
+                found = found.behind_nothing() if told else found
             hints = hints.merged(found.times(control.scale) if control.scale != 1 else found)
         return hints
 
     return steer
-
-
-def _within(clues: Clues, span: range) -> Clues:
-    """Of some frames."""
-    return clues if clues.maps is None else clues._replace(maps=clues.maps[:, :, span.start : span.stop])
 
 
 def _batched_clues(clues: Sequence[Clues]) -> Clues:

@@ -6,10 +6,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from animatelcm.assembly import load_sum
 from animatelcm.model import VideoModel
@@ -19,6 +20,8 @@ from animatelcm.request import SampleRequest
 LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+ENCODED = (16, 4, 1)
+"""Frames that are encoded at a time: the first number, and the next ones where memory does not suffice."""
 UNET_SHARE = 27
 """Numbers that the UNet holds at its peak, for each of its first layer's channels in each latent cell of each frame:
 counted of Stable Diffusion 1.5's with AnimateDiff's temporal layers, every attention in one operation."""
@@ -148,6 +151,27 @@ def _of_memory(error: BaseException) -> bool:
     """CUDA has a class for it; of other devices only the words tell."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
+
+
+def encoded(model: VideoModel, pixels: Tensor) -> Tensor:
+    """``model.encode``, in smaller chunks where memory does not suffice, then while the other networks wait on the CPU.
+
+    Raises ValueError where it suffices in no way.
+    """
+    for chunk in ENCODED:
+        made = attempt(partial(model.encode, pixels, chunk))
+        if made is not None:
+            return made
+        LOG.warning("%s is out of memory while it encodes %d frames at a time", model.device, chunk)
+    made = None
+    if can_offload(model):
+        with offloaded(model):
+            made = attempt(partial(model.encode, pixels, ENCODED[-1]))
+    if made is None:
+        height, width = pixels.shape[-2:]
+        said = f"{model.device} has too little memory to encode even one frame of {width}x{height}"
+        raise ValueError(f"{said}; choose a smaller size, or end what else uses it")
+    return made
 
 
 # What is needed

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
+from math import ceil, floor
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -20,6 +22,17 @@ Spacing = Literal["leading", "trailing"]
 Noise = Literal["freenoise", "random"]
 Fit = Literal["crop", "pad", "stretch"]
 """How a picture comes to the video's size."""
+
+
+class Part(Protocol):
+    """Something that acts in a part of the steps: from ``start`` to ``end``, shares of all of them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
 
 
 class ControlSource(NamedTuple):
@@ -47,9 +60,14 @@ class ControlSource(NamedTuple):
         if name == "i2v":
             raise ValueError(f"control {text!r}: i2v sees a picture, and follows no layout; give it as --image FILE")
         scale, start, end = float(found[2] or 1), float(found[3] or 0), float(found[4] or 1)
-        if not 0 <= start < end <= 1 or scale > 10:
-            raise ValueError(f"control {text!r}: give a scale of 0..10 and a part of the steps within 0-1")
+        check_part(f"control {text!r}", scale, start, end)
         return cls(name, found[1], ready, scale, start, end)
+
+
+def check_part(what: str, scale: float, start: float, end: float) -> None:
+    """Raises ValueError where ``what`` cannot act so strongly, or in no such part of the steps."""
+    if not (0 <= start < end <= 1 and 0 <= scale <= 10):
+        raise ValueError(f"{what}: give a scale of 0..10 and a part of the steps within 0-1")
 
 
 LIMITS = {
@@ -207,10 +225,18 @@ class SampleRequest:
         ]
 
 
-def unused(request: SampleRequest, *, image: bool | None = None, video: bool | None = None) -> list[str]:
-    """What a resolved request asks for and will not get, a sentence each: settings that change nothing without others.
+def unused(
+    request: SampleRequest,
+    *,
+    image: bool | None = None,
+    video: bool | None = None,
+    controls: Iterable[Part] | None = None,
+) -> list[str]:
+    """What a resolved request asks for and will not get, a sentence each: settings that change nothing without others,
+    controls that act in no step.
 
-    ``image``, ``video``: whether there are a picture and a video to begin from, where these are pixels of no file.
+    ``image``, ``video``: whether there are a picture and a video to begin from, and ``controls``: those there are,
+    where these are pixels of no file.
     """
     image = bool(request.image) if image is None else image
     video = bool(request.video) if video is None else video
@@ -223,11 +249,33 @@ def unused(request: SampleRequest, *, image: bool | None = None, video: bool | N
         "strength": (not video, "there is no video to begin from; give one as video"),
         "spacing": (request.sampler == "lcm", "the sampler lcm has timesteps of its own; choose ddim or dpm++"),
     }
-    return [
+    settings = [
         f"{name} changes nothing: {why}"
         for name, (idle, why) in said.items()
         if idle and getattr(request, name) != getattr(plain, name)
     ]
+    steps = _steps_walked(request, begun=video)
+    return settings + [_idle(part, steps) for part in controls or request.controls() if _is_idle(part, steps)]
+
+
+def _steps_walked(request: SampleRequest, *, begun: bool) -> int:
+    """Of a sampler of many steps, those before the noise of a video that it begins from are left out."""
+    assert request.num_inference_steps is not None
+    steps = request.num_inference_steps
+    return max(1, int(steps * request.strength)) if begun and request.sampler != "lcm" else steps
+
+
+def _is_idle(part: Part, steps: int) -> bool:
+    return not any(i / steps >= part.start and (i + 1) / steps <= part.end for i in range(steps))
+
+
+def _idle(part: Part, steps: int) -> str:
+    wider = floor(part.start * steps) / steps, ceil(part.end * steps) / steps
+    start, end = floor(wider[0] * 1000) / 1000, ceil(wider[1] * 1000) / 1000
+    return (
+        f"control {part.name} changes nothing: none of the {steps} steps lies within {part.start:g}-{part.end:g} of "
+        f"them; choose a part such as {start:g}-{end:g}"
+    )
 
 
 def check_seed(seed: int, count: int = 1) -> None:

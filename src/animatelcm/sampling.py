@@ -79,7 +79,10 @@ def sample(
 
 def warn_of(request: SampleRequest, condition: Condition | None, *, stacklevel: int = 2) -> None:
     """A UserWarning for each setting of a resolved request that changes nothing."""
-    seen = {} if condition is None else {"image": condition.image is not None, "video": condition.video is not None}
+    seen = {}
+    if condition is not None:
+        seen = {name: getattr(condition, name) is not None for name in ("image", "video")}
+        seen["controls"] = condition.controls
     for said in unused(request, **seen):
         warnings.warn(said, stacklevel=stacklevel)
 
@@ -102,10 +105,11 @@ def drafts(
         if offload == "model" or (offload == "auto" and memory.is_short(model, request)):
             stack.enter_context(memory.offloaded(model))
         steer = steering(model, request, condition)
+        start = _begun_from(model, condition)
         waiting = request.split(_together(model, request))
         while waiting:
             group = waiting.pop(0)
-            denoise = partial(_denoised, model, group, latents, condition, steer, progress)
+            denoise = partial(_denoised, model, group, latents, condition, (steer, start), progress)
             made = memory.attempt(denoise)
             if made is None and group.num_videos_per_prompt > 1:
                 most = group.num_videos_per_prompt // 2
@@ -134,12 +138,12 @@ def _denoised(
     request: SampleRequest,
     latents: Tensor | None,
     condition: Condition,
-    steer: Steering,
+    shared: tuple[Steering, Tensor | None],
     progress: Callable[[Preview], None],
 ) -> list[Draft]:
     """All videos of a request, in one batch; the seconds of each are its share."""
-    began = time.perf_counter()
-    for preview in sample_steps(model, request, latents=latents, condition=condition, steer=steer):
+    began, (steer, start) = time.perf_counter(), shared
+    for preview in sample_steps(model, request, latents=latents, condition=condition, steer=steer, start=start):
         progress(preview)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -166,11 +170,12 @@ def sample_steps(
     latents: Tensor | None = None,
     condition: Condition | None = None,
     steer: Steering | None = None,
+    start: Tensor | None = None,
 ) -> Iterator[Preview]:
     """The steps of a request's videos as they happen, all in one batch; the last preview holds the finished latents.
 
-    ``latents``: (1, C, F, h, w) for all of them, or one for each. ``steer``: ``condition.steering`` of this model and
-    condition, where several requests share it.
+    ``latents``: (1, C, F, h, w) for all of them, or one for each. Where several requests share them, ``steer`` is
+    ``condition.steering`` of this model and condition, and ``start`` the latents of the video to begin from.
     """
     request = request.resolved(model.facts, model.downscale)
     condition = read(request, model) if condition is None else condition
@@ -180,14 +185,22 @@ def sample_steps(
     with torch.inference_mode():
         steer = steering(model, request, condition) if steer is None else steer
         eps = _guided_eps(model, request, steer, times)
-        if condition.video is not None:  # SDEdit, Meng et al. 2022
-            start = model.encode(to_pixels([condition.video]))
+        start = _begun_from(model, condition) if start is None else start
+        if start is not None:  # SDEdit, Meng et al. 2022
             x = model.schedule.add_noise(start, x, torch.full((len(x),), times[0], device=x.device))
         walking = SAMPLERS[request.sampler or "ddim"](eps, model.schedule, x, request, times)
     for step in range(len(times)):
         with torch.inference_mode():  # not around the yield: the mode must not leak into the caller
             x = next(walking)
         yield Preview(step + 1, len(times), x)
+
+
+def _begun_from(model: VideoModel, condition: Condition) -> Tensor | None:
+    """Latents (1, C, F, h, w) of the video to begin from."""
+    if condition.video is None:
+        return None
+    with torch.inference_mode():
+        return memory.encoded(model, to_pixels([condition.video]))
 
 
 def _timesteps(schedule: NoiseSchedule, request: SampleRequest, *, begun: bool) -> list[int]:

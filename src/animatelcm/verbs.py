@@ -52,7 +52,7 @@ class Generate:
 
     def run(self) -> None:
         from animatelcm import video
-        from animatelcm.condition import read
+        from animatelcm.condition import check_files, read
         from animatelcm.decoding import rescued, write
         from animatelcm.sampling import drafts
 
@@ -60,6 +60,7 @@ class Generate:
         asked = {"num_frames": self.request.num_frames or 1, "fps": self.request.fps}
         for target in targets:  # which length and speed the model chooses is not known yet
             video.check_path(target, overwrite=self.force, **asked)
+        check_files(self.request)
         began = time.perf_counter()
         request = _sized(self.request, self.size)
         with told(quiet=self.json):

@@ -22,8 +22,7 @@ from torch import Tensor
 
 import animatelcm
 from animatelcm import video
-from animatelcm.adapters import IMAGE, settings_of
-from animatelcm.condition import lacking
+from animatelcm.adapters import IMAGE, lacking, settings_of
 from animatelcm.data.batches import to_pixels
 from animatelcm.data.emoji import Shot, drawn
 from animatelcm.data.sprites import CLIP_FRAMES, SpritePack

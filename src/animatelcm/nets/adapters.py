@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -62,10 +62,15 @@ class Hints(NamedTuple):
 
     def repeated(self, count: int) -> Hints:
         """For a batch that holds the same videos ``count`` times, one after the other."""
-        if count == 1:
-            return self
-        many = tuple(tuple(torch.cat([tensor] * count) for tensor in tensors) for tensors in self[:2])
-        return Hints(*many, *(None if tensor is None else torch.cat([tensor] * count) for tensor in self[2:]))
+        return self if count == 1 else self._each(lambda tensor: torch.cat([tensor] * count))
+
+    def behind_nothing(self) -> Hints:
+        """For a batch of twice as many, whose first half is told nothing."""
+        return self._each(lambda tensor: torch.cat([torch.zeros_like(tensor), tensor]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Hints:
+        many = (tuple(map(change, tensors)) for tensors in self[:2])
+        return Hints(*many, *(None if tensor is None else change(tensor) for tensor in self[2:]))
 
     def arguments(self, text: Tensor) -> dict[str, object]:
         """Keyword arguments of ``VideoUNet`` with text (B, L, D)."""
@@ -93,6 +98,12 @@ class Adapter(nn.Module):
     def steady(self) -> bool:
         """Whether its hints are the same at every timestep, so that once a video is enough."""
         return not _is_controlnet(self.network)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it tells what a picture is like, not where (ControlNet 1.1's shuffle): such a one acts on the guided
+        half alone, or guidance would take out what it adds."""
+        return _is_controlnet(self.network) and bool(self.network.config.global_pool_conditions)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, clues: Clues) -> Hints:
         """Latents (B, C, F, h, w), timesteps (B,), text (B, L, D) -> hints for one evaluation at them.
