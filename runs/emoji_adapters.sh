@@ -9,10 +9,10 @@ judge() { animatelcm eval emoji --model "runs/out/$1/model" --steer "$2" --setti
 for recipe in i2v_images_emoji i2v_emoji t2i_adapter_emoji t2i_adapter_lora_emoji t2i_adapter_depth_emoji controlnet_emoji controlnet_lora_emoji; do
   run "$recipe"
 done
-# the same LoRA with a teacher: half the steps, each of twice the operations
-run t2i_adapter_lora_emoji --name t2i_adapter_taught --consistency.earlier teacher --consistency.w-min 1 --consistency.w-max 3 \
-  --consistency.huber-c 0.001 --steps 200
+# the same LoRA with a teacher, and by the paper's eq. 12 alone: twice the steps, each of half the operations
+run t2i_adapter_lora_emoji --name t2i_adapter_taught --consistency.earlier teacher
+run t2i_adapter_lora_emoji --name t2i_adapter_noise --consistency.earlier noise --steps 400
 judge i2v_emoji i2v
-for name in t2i_adapter_emoji t2i_adapter_lora_emoji t2i_adapter_taught; do judge "$name" edge; done
+for name in t2i_adapter_emoji t2i_adapter_lora_emoji t2i_adapter_taught t2i_adapter_noise; do judge "$name" edge; done
 judge t2i_adapter_depth_emoji depth
 for name in controlnet_emoji controlnet_lora_emoji; do judge "$name" pose; done

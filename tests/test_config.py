@@ -56,3 +56,13 @@ def test_fields_that_contradict_each_other_are_refused():
         replace(recipes.base_emoji(), trainable="decoder")
     with pytest.raises(ValueError, match="first_frame=0"):
         ConsistencyConfig(first_frame=0.0)
+    with pytest.raises(ValueError, match=r"gamma=-0\.5 must be"):
+        ConsistencyConfig(gamma=-0.5)
+    with pytest.raises(ValueError, match="data.num_frames=1: "):
+        replace(recipes.teacher_emoji(), data=DataConfig(kind="folder", path=Path("clips"), num_frames=1))
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "", ".a", "a:1"])
+def test_a_lora_has_the_name_of_a_file(name):
+    with pytest.raises(ValueError, match=r"lora\.name=.* is to name a file"):
+        replace(recipes.image_lcm_emoji().lora, name=name)

@@ -15,6 +15,7 @@ from animatelcm.model import VideoModel
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
 from animatelcm.saving import save
+from animatelcm.weights.facts import MotionFacts
 from animatelcm.weights.files import State, write_safetensors
 from animatelcm.weights.lora import Lora, LoraLayer, write_lora
 
@@ -235,3 +236,38 @@ def test_diffusers_draws_the_same_picture_from_the_same_file(model, tmp_path):
     theirs = pipe("a parrot", latents=start[:, :, 0], **options).images[0]
     assert np.abs(theirs - ours()).max() < 1e-4
     assert np.abs(theirs - before).max() > 0.05
+
+
+def test_temporal_layers_that_say_they_were_made_otherwise_are_refused(model, tmp_path):
+    """Heads and norm are in no shape: other ones would give other videos, and no error."""
+    file = tmp_path / "motion.safetensors"
+    for said, named in (
+        ({"motion_num_attention_heads": 2}, "num_attention_heads=2"),
+        ({"motion_norm": "joint"}, "norm"),
+    ):
+        own = {"motion_num_attention_heads": model.unet.motion.num_attention_heads, "motion_norm": "per_frame"}
+        write_safetensors(other_motion(model), file, MotionFacts(motion=own).to_metadata())
+        fuse(model, motion=(file, 1.0))
+        write_safetensors(other_motion(model), file, MotionFacts(motion=own | said).to_metadata())
+        with pytest.raises(ValueError, match=f"temporal layers do not fit: .*{named}.*--motion"):
+            fuse(model, motion=(file, 1.0))
+
+
+def test_an_acceleration_that_is_not_there_cannot_be_scaled(model):
+    assert not model.image_lora
+    with pytest.raises(ValueError, match=r"image=0\.8: this model has no image acceleration; give image=\(LoRA"):
+        fuse(model, image=0.8)
+    fuse(model, image=0.0)
+
+
+def test_temporal_layers_are_rounded_once_to_half_precision(model):
+    """Scaled, with a LoRA on them, they are summed up in float32 first."""
+    key = next(key for key in temporal(model) if ".transformer_blocks." not in key and ".proj_out.weight" in key)
+    layer = LoraLayer(
+        noise(4, temporal(model)[key].shape[1]), noise(temporal(model)[key].shape[0], 4, seed=1), alpha=4.0
+    )
+    other = other_motion(model)
+    exact = 0.37 * other[key].float() + 0.5 * layer.delta(other[key].shape)
+    model.unet.half()
+    fuse(model, motion=(other, 0.37), style=({f"unet.{key.removesuffix('.weight')}": layer}, 0.5))
+    assert torch.equal(temporal(model)[key], exact.half())

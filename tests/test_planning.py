@@ -138,7 +138,7 @@ def test_an_adapter_without_a_teacher_costs_less_than_temporal_layers_with_one(a
 def test_feedback_costs_half_a_sampler_and_a_decoder(fresh_model):
     def planned(**changes):
         config = recipes.t2i_adapter_lora_emoji()
-        return plan(replace(config, consistency=replace(config.consistency, **changes)))
+        return plan(replace(config, consistency=replace(config.consistency, **{"earlier": "noise", **changes})))
 
     none, one, three = planned(), planned(feedback=1.0, feedback_steps=1), planned(feedback=1.0, feedback_steps=3)
     forward = (planned(earlier="guided-noise").flops - none.flops) // 2

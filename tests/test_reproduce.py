@@ -19,7 +19,7 @@ from animatelcm.evaluate.judge import PROMPT_SEED, Protocol
 from animatelcm.evaluate.prompts import prompts
 from animatelcm.model_source import ModelSource
 from animatelcm.reproduce import bias, learned, page, plots, sampled, study
-from animatelcm.reproduce.claims import Claim, Section, all_of, claims_table, share_deviation, verdict
+from animatelcm.reproduce.claims import Claim, Section, all_of, claims_table, nearer, share_deviation, verdict
 from animatelcm.reproduce.study import QUICK, Sizes, Study
 from animatelcm.schedule import NoiseSchedule
 
@@ -210,6 +210,14 @@ def test_an_ablation_that_is_as_good_is_not_told_apart(tmp_path, monkeypatch, fu
     assert [claim.holds for claim in learned.ablations(made).claims] == [said, said]
 
 
+@pytest.mark.parametrize(("width", "said"), [(0, True), (20, True), (60, None)])
+def test_a_distance_is_told_apart_by_the_spread_of_its_own_clips(width, said):
+    """Of 30 between two rows, each of a deviation of width / 3.92, or of 5 as sets of real clips have it."""
+    row = replace(ROW, fvd_like=600.0, intervals={"fvd_like": (600 - width / 2, 600 + width / 2)})
+    assert nearer(row, replace(row, fvd_like=630.0), 5.0) is said
+    assert nearer(replace(row, fvd_like=630.0), row, 5.0) is (None if said is None else False)
+
+
 def test_both_ways_of_an_ablation_cost_the_same(tmp_path, monkeypatch):
     counted = {}  # counting takes seconds: once for each kind of run
 
@@ -222,10 +230,9 @@ def test_both_ways_of_an_ablation_cost_the_same(tmp_path, monkeypatch):
     made = _Canned(tmp_path, Sizes(image_steps=2400, video_steps=1200), None)
     first, second = learned._stage_1(made), learned._stage_2(made, "full", "emoji", degrade=True)
     coupled = learned._coupled(made, "coupled", degrade=True)
-    apart = second.steps * plan(second).flops  # the part of both that the formula leaves alone
-    cost = first.steps * plan(first).flops + second.steps * plan(coupled).flops
+    cost = first.steps * plan(first).flops + second.steps * plan(second).flops
     assert coupled.steps * plan(coupled).flops == pytest.approx(cost, rel=1e-3)
-    assert apart < second.steps * plan(coupled).flops  # LoRA layers that learn cost more than frozen ones
+    assert plan(second).flops < plan(coupled).flops  # LoRA layers that learn cost more than frozen ones
     assert coupled.data == second.data
     assert not coupled.consistency.decouple
 

@@ -39,10 +39,17 @@ def _of(folder, **changes) -> DataConfig:
 
 
 def _run(data: DataConfig, out, adapter: str | None = None) -> TrainConfig:
-    base = replace(recipes.teacher_emoji(), sample_prompts=(), out=out, data=data)
+    base = replace(recipes.teacher_emoji(), sample_prompts=(), out=out)
     if adapter is None:
-        return base
-    return replace(base, trainable="adapter", adapter=AdapterConfig(name=adapter, kind="t2i_adapter"))
+        return replace(base, data=data)
+    return replace(base, data=data, trainable="adapter", adapter=AdapterConfig(name=adapter, kind="t2i_adapter"))
+
+
+def test_temporal_layers_learn_from_no_folder_of_images(folder, fresh_model, tmp_path):
+    (folder / "stills" / "deeper").mkdir(parents=True, exist_ok=True)
+    video.write_image(np.zeros((64, 64, 3), np.uint8), folder / "stills" / "a.png")
+    with pytest.raises(ValueError, match="stills holds images, and temporal layers learn from clips; give a folder"):
+        open_source(_run(_of(folder / "stills"), tmp_path), fresh_model)
 
 
 def test_the_frames_of_a_clip_are_those_asked_for(folder):

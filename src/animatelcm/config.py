@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -110,6 +111,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0 or not self.targets:
             raise ValueError(f"a LoRA needs rank >= 1, alpha > 0 and targets, got {self.rank}, {self.alpha}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"lora.name={self.name!r} is to name a file: choose letters, digits, '_', '-' and '.'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,8 @@ class ConsistencyConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be within 0..1")
         if self.huber_c <= 0:
             raise ValueError(f"huber_c={self.huber_c} must be positive, in units of latents")
+        if self.gamma < 0:
+            raise ValueError(f"gamma={self.gamma} must be 0 (all timesteps alike) or more")
         if self.first_frame <= 0:
             raise ValueError(f"first_frame={self.first_frame} must be positive; 1 weights all frames alike")
         if not 1 <= self.solver_steps <= 1000 or (self.k is not None and self.k < 1):
@@ -272,6 +277,10 @@ class TrainConfig:
             )
         if self.data.kind == "emoji-images" and self.trainable == "motion":
             raise ValueError('trainable="motion" needs clips; choose data.kind "emoji-clips" or "folder"')
+        if self.data.num_frames == 1 and self.trainable == "motion":
+            raise ValueError(
+                'data.num_frames=1: trainable="motion" needs clips; give as many as the model makes'
+            )
         if self.objective == "consistency" and self.trainable not in ("lora", "motion", "adapter"):
             raise ValueError(f'objective="consistency" trains "lora", "motion" or "adapter", not {self.trainable!r}')
         if (self.trainable == "adapter") != (self.adapter is not None):

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from animatelcm.model import VideoModel
+from animatelcm.nets.motion import MotionConfig
+from animatelcm.weights.facts import MotionFacts, read_facts
 from animatelcm.weights.files import State
 from animatelcm.weights.fuse import check, sums
 from animatelcm.weights.lora import Lora, read_lora
-from animatelcm.weights.motion import read_motion
+from animatelcm.weights.motion import config as motion_settings
+from animatelcm.weights.motion import read_motion, weights_file
 
 Weighted = tuple[str | Path | Lora, float]
 """A LoRA and its scale: a file, a style of the model by its name, or a LoRA that is loaded already."""
@@ -33,7 +36,8 @@ def fuse(
     It starts from the base each time, so a second call replaces the first, and sampling costs what it did. ``image``
     is a LoRA with its beta, or a beta for the model's own; None leaves the acceleration that is there. ``motion``
     replaces the temporal layers by a file's, with their outer ``proj_out`` scaled by gamma: 0 is the image model; None
-    leaves them as they are. A LoRA of temporal layers is added to what ``motion`` puts there. With ``keep`` the base's
+    leaves them as they are. (Schedule and steps stay the model's: ``load_sum`` takes those of a file.) A LoRA of
+    temporal layers is added to what ``motion`` puts there. With ``keep`` the base's
     values are kept aside for the next sum; without, the sum becomes the base, as in ``baked``, and costs no memory.
 
     Raises ValueError naming the first key that does not fit the model, and then nothing has changed.
@@ -42,7 +46,7 @@ def fuse(
     parts = [(_lora(model, source), scale) for source, scale in _listed(style)] + [acceleration]
     base = base_state(model)
     check(base, parts)
-    temporal = {} if motion is None else _motion(base, *motion)
+    temporal = {} if motion is None else _motion(model, base, *motion)
     del base  # where it is a copy, its memory is wanted now
     unfuse(model)
     _put(model, temporal.items(), keep=keep)
@@ -87,7 +91,11 @@ def _listed(style: Weighted | Sequence[Weighted]) -> Sequence[Weighted]:
 def _acceleration(model: VideoModel, image: Weighted | float | None) -> tuple[Lora, float]:
     if image is None:
         return model.acceleration
-    return (model.image_lora, image) if isinstance(image, int | float) else (_lora(model, image[0]), image[1])
+    if not isinstance(image, int | float):
+        return _lora(model, image[0]), image[1]
+    if image and not model.image_lora:
+        raise ValueError(f"image={image}: this model has no image acceleration; give image=(LoRA, {image})")
+    return model.image_lora, image
 
 
 def _lora(model: VideoModel, source: str | Path | Lora) -> Lora:
@@ -101,18 +109,31 @@ def _lora(model: VideoModel, source: str | Path | Lora) -> Lora:
     return read_lora(Path(source), model.modules())
 
 
-def _motion(base: State, source: Path | State, gamma: float) -> State:
-    """New temporal layers by ``unet.<name>``, gamma times as strong."""
+def _motion(model: VideoModel, base: State, source: Path | State, gamma: float) -> State:
+    """New temporal layers by ``unet.<name>`` in float32, gamma times as strong."""
     if not math.isfinite(gamma):
         raise ValueError(
             f"gamma={gamma} of temporal layers is no number to multiply by; 1 takes all of them, 0 nothing"
         )
-    state = source if isinstance(source, dict) else read_motion(Path(source)).state
+    state = source if isinstance(source, dict) else _read_motion(model, Path(source))
     state = {f"unet.{key}": value for key, value in state.items() if not key.endswith("pos_embed.pe")}
     for key in sorted(state.keys() | {name for name in base if "motion_modules" in name}):
         if problem := _misfit(key, state, base):
             raise ValueError(f"temporal layers do not fit: {key} {problem}; take those of this architecture")
-    return {key: _scaled(key, value.float(), gamma).to(base[key].dtype) for key, value in state.items()}
+    return {key: _scaled(key, value.float(), gamma) for key, value in state.items()}
+
+
+def _read_motion(model: VideoModel, path: Path) -> State:
+    """A file's temporal layers. Raises ValueError where what it says of them, which no shape tells, is not so here."""
+    found, said = read_motion(path), read_facts(weights_file(path)) or MotionFacts()
+    if model.unet.motion is not None and (found.settings or said.motion):
+        other = MotionConfig.from_diffusers(motion_settings(found) | dict(said.motion))
+        for name in ("num_attention_heads", "norm"):
+            theirs, ours = getattr(other, name), getattr(model.unet.motion, name)
+            if theirs != ours:
+                said = f"{path} has {name}={theirs!r}, the model {ours!r}"
+                raise ValueError(f"temporal layers do not fit: {said}; load a model with them (--motion)")
+    return found.state
 
 
 def _misfit(key: str, state: State, base: State) -> str:

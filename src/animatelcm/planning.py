@@ -170,8 +170,17 @@ def _of_miniature(config: TrainConfig) -> bool:
     return facts.is_file() and json.loads(facts.read_text(encoding="utf-8"))["sample_size"] == emoji.UNET["sample_size"]
 
 
+def _of_stills(config: TrainConfig) -> bool:
+    """What its data are; of a folder that is not there yet, whether what it trains learns from images."""
+    if config.data.kind != "folder":
+        return config.data.kind == "emoji-images"
+    if config.data.path is not None and config.data.path.is_dir():
+        return open_dataset(config.data).stills
+    return config.trainable == "lora"
+
+
 def _inputs(config: TrainConfig, shapes: Shapes) -> Inputs:
-    frames = 1 if config.data.kind == "emoji-images" else config.data.num_frames
+    frames = 1 if _of_stills(config) else config.data.num_frames
     cells = (config.data.height // shapes.downscale, config.data.width // shapes.downscale)
     return (
         torch.empty(config.batch_size, shapes.unet.in_channels, frames, *cells),

@@ -45,6 +45,8 @@ def open_source(config: TrainConfig, model: VideoModel, rank: int = 0, processes
     """
     data, adapter = config.data, config.adapter
     dataset = open_dataset(data)
+    if config.trainable == "motion" and isinstance(dataset, FolderDataset) and dataset.stills:
+        raise ValueError(f"{data.path} holds images, and temporal layers learn from clips; give a folder of videos")
     maps = _maps(config, dataset)
     batches = _kept(config, model, dataset, rank, processes) if data.cache else pixel_batches(dataset)
     sees_pixels = adapter is not None and not adapter.reads_maps and adapter.sees == "pixels"

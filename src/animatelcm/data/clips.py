@@ -87,6 +87,11 @@ class FolderDataset:
         return [item.source for item in self._items]
 
     @property
+    def stills(self) -> bool:
+        """Whether the files are images, clips of one frame."""
+        return self._items[0].num_frames == 0
+
+    @property
     def skipped(self) -> list[str]:
         """Files left out so far, relative to the folder; what fails to decode later is added then."""
         return sorted(self._reasons)

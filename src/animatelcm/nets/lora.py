@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from animatelcm.nets import fused
 from animatelcm.weights.fuse import fused as summed
-from animatelcm.weights.lora import Lora, LoraLayer
+from animatelcm.weights.lora import Lora, LoraLayer, plain
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer as PeftLayer
@@ -67,6 +68,7 @@ def attach(network: nn.Module, lora: Lora) -> None:
     Raises ValueError where its layers differ in rank or alpha, or do not fit the network's spatial layers; nothing has
     changed then.
     """
+    lora = plain(lora, Path("the LoRA to train with"))
     ranks = sorted({(layer.rank, layer.alpha) for layer in lora.values()})
     if len(ranks) != 1:
         raise ValueError(f"a LoRA to train with needs one rank and one alpha for all layers, got {ranks[:3]}")

@@ -154,6 +154,7 @@ def image_lcm_emoji() -> TrainConfig:
         weight_decay=0.0,
         text_dropout=0.0,
         warmup_steps=50,
+        save_every=60,
         sample_every=150,
         sample_prompts=PROMPTS,
     )
@@ -176,6 +177,7 @@ def video_lcm_emoji() -> TrainConfig:
         weight_decay=0.0,
         text_dropout=0.0,
         warmup_steps=50,
+        save_every=60,
         sample_every=120,
         sample_prompts=MOTION_PROMPTS,
     )

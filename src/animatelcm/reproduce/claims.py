@@ -54,6 +54,18 @@ def verdict(gain: float, deviation: float) -> bool | None:
     return None if abs(gain) <= 2 * deviation else gain > 0
 
 
+def nearer(row: Row, other: Row, real: float) -> bool | None:
+    """Whether ``row`` is nearer to real clips than ``other``; ``real``: by how much sets of real ones spread."""
+    return verdict(excess(other) - excess(row), math.hypot(*(_deviation(each, real) for each in (row, other))))
+
+
+def _deviation(row: Row, real: float) -> float:
+    """The standard deviation of a row's distance over clips, by its 95 % interval, where it has one and that is wider
+    than sets of real clips are spread."""
+    low, high = row.intervals.get("fvd_like", (0.0, 0.0))
+    return max(real, (high - low) / (2 * 1.96))
+
+
 def share_deviation(*shares_and_counts: tuple[float, int]) -> float:
     """The standard deviation of a difference of shares, each of so many independent clips (binomial)."""
     return math.sqrt(sum(share * (1 - share) / n for share, n in shares_and_counts))

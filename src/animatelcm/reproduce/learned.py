@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from animatelcm import recipes
-from animatelcm.config import ConsistencyConfig, TrainConfig
+from animatelcm.config import TrainConfig
 from animatelcm.evaluate.report import table
 from animatelcm.model_source import ModelSource
 from animatelcm.planning import plan
@@ -16,7 +17,7 @@ from animatelcm.reproduce.claims import (
     Claim,
     Section,
     excess,
-    verdict,
+    nearer,
 )
 from animatelcm.reproduce.sampled import deviation
 from animatelcm.reproduce.study import Study
@@ -37,10 +38,11 @@ def _stage_2(study: Study, name: str, model: str, *, degrade: bool) -> TrainConf
 
 def _coupled(study: Study, name: str, *, degrade: bool) -> TrainConfig:
     """LoRA and temporal layers together on videos, for as many operations as both stages have."""
-    first, config = _stage_1(study), recipes.video_lcm_coupled_emoji()
-    config = replace(_stage_2(study, name, "emoji", degrade=degrade), lora=config.lora, consistency=config.consistency)
-    more = first.steps * plan(first).flops / plan(config).flops
-    return replace(config, steps=config.steps + round(more))
+    first, second = _stage_1(study), _stage_2(study, "full", "emoji", degrade=degrade)
+    config = recipes.video_lcm_coupled_emoji()
+    config = replace(second, name=name, lora=config.lora, consistency=config.consistency)
+    operations = sum(stage.steps * plan(stage).flops for stage in (first, second))
+    return replace(config, steps=round(operations / plan(config).flops))
 
 
 def ablations(study: Study) -> Section:
@@ -52,7 +54,7 @@ def ablations(study: Study) -> Section:
     settings = ["lcm@1", "lcm@4"]
     sources = {config.name: study.trained(config) for config in (full, direct, coupled)}
     rows = {name: study.rows(f"ablation_{name}", source, settings) for name, source in sources.items()}
-    noise, at = deviation(study) * 2**0.5, settings.index("lcm@4")
+    real, at = deviation(study), settings.index("lcm@4")
 
     def held(name: str) -> tuple[bool | None, str]:
         ours, other = rows["full"][at], rows[name][at]
@@ -60,7 +62,7 @@ def ablations(study: Study) -> Section:
             f"{excess(ours):.0f} against {excess(other):.0f}; subjects {ours.concept_accuracy:.0%} against "
             f"{other.concept_accuracy:.0%}"
         )
-        return verdict(excess(other) - excess(ours), noise), text
+        return nearer(ours, other, real), text
 
     claims = [
         Claim(
@@ -84,7 +86,7 @@ def ablations(study: Study) -> Section:
     ]
     runs = {name: study.out / "runs" / name / "metrics.jsonl" for name in ("full", "direct", "coupled")}
     plots.losses(study.out / "ablation-losses.png", runs)
-    plots.few_steps(study.out / "ablations.png", rows, None, noise / 2**0.5)
+    plots.few_steps(study.out / "ablations.png", rows, None, real)
     text = "\n\n".join(f"`{name}`:\n\n{table(found)}" for name, found in rows.items())
     sheet = study.sheet("ablation-clips", {name: (source, "lcm@4") for name, source in sources.items()})
     return Section(title="Ablations", claims=claims, text=text, plots=["ablations.png", "ablation-losses.png", sheet])
@@ -96,14 +98,14 @@ def images_first(study: Study) -> Section:
     pair = _stage_2(study, "clean_full", image, degrade=False), _coupled(study, "clean_coupled", degrade=False)
     settings = ["lcm@1", "lcm@4"]
     first, scratch = (study.rows(f"ablation_{c.name}", study.trained(c), settings) for c in pair)
-    noise, at = deviation(study) * 2**0.5, settings.index("lcm@4")
+    at = settings.index("lcm@4")
     claim = Claim(
         claim="what was learned on images is worth its time on clean videos too",
         source="the summary's third check (images first against from scratch)",
         paper="not measured there",
         ours=f"{excess(first[at]):.0f} against {excess(scratch[at]):.0f}; subjects {first[at].concept_accuracy:.0%} "
         f"against {scratch[at].concept_accuracy:.0%}",
-        holds=verdict(excess(scratch[at]) - excess(first[at]), noise),
+        holds=nearer(first[at], scratch[at], deviation(study)),
         n=first[at].n,
         note="equal operations",
     )
@@ -120,19 +122,19 @@ def adaptation(study: Study) -> Section:
         model="emoji",
         steps=study.sizes.adapter_steps,
         data=replace(free.data, length=min(1000, 8 * study.sizes.adapter_steps)),
-        consistency=replace(free.consistency, k=100),
+        consistency=replace(free.consistency, earlier="noise", feedback=0.0, k=100),
     )
-    half, strength = max(1, free.steps // 2), {"w_min": 1.0, "w_max": 3.0}  # four evaluations a step in place of two
-    guided = replace(free.consistency, earlier="guided-noise", **strength)
+    half = max(1, free.steps // 2)  # four evaluations a step in place of two
+
+    def led_by(earlier: Literal["teacher", "guided-noise"]) -> TrainConfig:
+        led = replace(free.consistency, earlier=earlier, w_min=1.0, w_max=3.0)
+        return replace(free, name=f"adapter_{earlier}", steps=half, consistency=led)
+
     sources = {
         "as it is": ModelSource(),
         "without a teacher": study.trained(free),
-        "guided by the image model": study.trained(
-            replace(free, name="adapter_guided", steps=half, consistency=guided)
-        ),
-        "with a teacher": study.trained(
-            replace(free, name="adapter_taught", steps=half, consistency=ConsistencyConfig(**strength))
-        ),
+        "guided by the image model": study.trained(led_by("guided-noise")),
+        "with a teacher": study.trained(led_by("teacher")),
     }
     rows = {
         name: study.rows(f"adapter {name}".replace(" ", "_"), source, ["lcm@4"], steer="edge")[0]

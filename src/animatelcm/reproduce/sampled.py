@@ -17,7 +17,7 @@ from animatelcm.evaluate.judge import Judge, Progress, Protocol
 from animatelcm.evaluate.report import Row, table
 from animatelcm.model_source import ModelSource
 from animatelcm.reproduce import plots
-from animatelcm.reproduce.claims import Claim, Section, all_of, by_steps, excess, share_deviation, verdict
+from animatelcm.reproduce.claims import Claim, Section, all_of, by_steps, excess, nearer, share_deviation, verdict
 from animatelcm.reproduce.study import Sizes, Study
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
@@ -100,7 +100,7 @@ def _claims(found: FewSteps, sizes: Sizes) -> list[Claim]:
     (ddim, dpm), named = found.near.values(), [by_steps(rows, "concept_accuracy") for rows in found.naming.values()]
     four, steps = ours[sizes.steps.index(4)], " / ".join(map(str, sizes.steps))
     equal = [_bests(found.equal, figure, scale) for figure, scale in ((_nearness, -1), (_subjects, 100))]
-    falls = [verdict(excess(a) - excess(b), found.deviation * 2**0.5) for a, b in pairwise(ours)]
+    falls = [nearer(b, a, found.deviation) for a, b in pairwise(ours)]
     better = False if False in falls else True in falls or None
     return [
         Claim(
@@ -146,8 +146,9 @@ def _claims(found: FewSteps, sizes: Sizes) -> list[Claim]:
 
 def _are_nearer(found: FewSteps) -> bool | None:
     """Than the better baseline at every number of steps."""
-    noise, rivals = found.deviation * 2**0.5, zip(*found.near.values(), strict=True)
-    return all_of([verdict(min(map(excess, r)) - excess(o), noise) for o, r in zip(found.ours, rivals, strict=True)])
+    rivals = zip(*found.near.values(), strict=True)
+    best = [min(rows, key=excess) for rows in rivals]
+    return all_of([nearer(row, other, found.deviation) for row, other in zip(found.ours, best, strict=True)])
 
 
 def _show_more(found: FewSteps) -> bool | None:
@@ -224,8 +225,7 @@ def style(study: Study) -> Section:
     settings = [f"lcm@{n}" for n in study.sizes.steps]
     plain = study.rows("style_without", ModelSource(), settings, style_truth="twemoji")
     styled = study.rows("style_with", ModelSource(style=("twemoji",)), settings, style_truth="twemoji")
-    noise = deviation(study) * 2**0.5
-    gains = [verdict(excess(a) - excess(b), noise) for a, b in zip(plain, styled, strict=True)]
+    gains = [nearer(b, a, deviation(study)) for a, b in zip(plain, styled, strict=True)]
     four = styled[study.sizes.steps.index(4)]
     claim = Claim(
         claim="a personal style, learned from images alone, brings videos nearer to those of that style",
