@@ -71,14 +71,16 @@ def test_files_are_read_at_the_requests_size_and_what_is_taken_is_told(model, tm
     with caplog.at_level(logging.INFO, logger="animatelcm"):
         found = read(request.resolved(model.facts), model)
     assert (found.image == images.fitted(picture, 64, 64, "pad")).all()
-    frames = np.stack([images.fitted(frame, 64, 64) for frame in footage[:8:2]])
+    taken, inside = footage[:8:2], slice(8, 56)  # of 48 rows
     edges, poses = found.controls
     assert edges[0] == "edge"
     assert edges[2:] == (0.5, 0.25, 0.75)
-    assert (edges.maps == control_maps.made("edge", frames)).all()
+    assert (edges.maps[:, inside] == control_maps.made("edge", taken)).all()
     assert poses[2:] == (1.0, 0.0, 1.0)
-    assert (poses.maps == frames).all()
-    assert (found.video == frames).all()
+    assert (poses.maps[:, inside] == taken).all()
+    assert not edges.maps[:, :8].any()
+    assert not poses.maps[:, 56:].any()
+    assert (found.video == np.stack([images.fitted(frame, 64, 64, "pad") for frame in taken])).all()
     assert caplog.text.count("a.webp: frames 0 to 6 of 40 (every 2nd, 8 fps)") == 3
 
 
@@ -308,6 +310,31 @@ def test_frames_in_memory_are_cut_fitted_and_held(model):
     assert (found.video == clip(9)[:4]).all()
     assert (found.controls[0].maps == clip(2)[[0, 1, 1, 1]]).all()
     assert found.controls[0].scale == 0.5
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_a_layout_is_fitted_as_the_picture_beside_it(model, tmp_path, fit):
+    """From files and from memory: what lies somewhere in the one lies there in the other."""
+    footage, place = clip(4, 48, 96), tmp_path / "clip"
+    video.write(footage, place, fps=8)
+    images.write_image(footage[0], tmp_path / "a.png")
+    given = asked(
+        image=str(tmp_path / "a.png"), fit=fit, control=(f"edge={place}", f"pose=map:{place}"), video=str(place)
+    )
+    read_from = read(given.resolved(model.facts), model)
+    options = {"control": [Control("pose", footage)], "video": footage}
+    held = with_pixels(Condition(), asked(fit=fit).resolved(model.facts), image=footage[0], **options)
+    made = with_pixels(Condition(), asked(fit=fit).resolved(model.facts), control={"edge": footage})
+    assert (read_from.image == images.fitted(footage[0], 64, 64, fit)).all()
+    assert (read_from.video[0] == read_from.image).all()
+    assert (read_from.video == held.video).all()
+    assert [(part.name, part.maps.tolist()) for part in read_from.controls] == [
+        (part.name, part.maps.tolist()) for part in (*made.controls, *held.controls)
+    ]
+    inside = np.abs(read_from.controls[1].maps[0].astype(int) - read_from.image).max(axis=(1, 2)) == 0
+    assert inside.sum() == (32 if fit == "pad" else 64)  # a ready map has black borders, a picture its colour
+    if fit == "pad":
+        assert not read_from.controls[0].maps[:, ~inside].any()  # and no edge along them
 
 
 def test_a_picture_of_pillow_is_taken_the_right_way_up(model):

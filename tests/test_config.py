@@ -59,7 +59,7 @@ def test_fields_that_contradict_each_other_are_refused():
         ConsistencyConfig(first_frame=0.0)
     with pytest.raises(ValueError, match=r"gamma=-0\.5 must be"):
         ConsistencyConfig(gamma=-0.5)
-    with pytest.raises(ValueError, match="data.num_frames=1: "):
+    with pytest.raises(ValueError, match=r"data\.num_frames=1: "):
         replace(recipes.teacher_emoji(), data=DataConfig(kind="folder", path=Path("clips"), num_frames=1))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
+import tracemalloc
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from animatelcm import streams, video
-from animatelcm.control_maps import made, read
+from animatelcm import control_maps, streams, video
+from animatelcm.control_maps import fitted_maps, made, read
 from animatelcm.images import fitted
 
 
@@ -203,6 +206,82 @@ def test_a_slow_clip_that_ends_holds_too(tmp_path):
     assert words.endswith("frames 0 to 2 of 3 (each 2 times, 8 fps); it is too short: the last one holds for 3 more")
 
 
+def uneven(path: Path) -> Path:
+    """``numbered`` frames at times, in 24ths of a second, that no constant rate has."""
+    ticks = (0, 1, 2, 3, 10, 11, 14, 30, 31, 32, 33, 40)
+    if path.suffix == ".gif":
+        first, *rest = (Image.fromarray(frame) for frame in numbered(len(ticks)))
+        delays = [100 * tick // 24 * 10 for tick in (*ticks, 41)]
+        first.save(path, save_all=True, append_images=rest, duration=np.diff(delays).tolist())
+        return path
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 24)
+        for tick, level in zip(ticks, numbered(len(ticks)), strict=True):
+            frame = av.VideoFrame.from_ndarray(level, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 24)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".gif"])
+def test_frames_of_a_variable_rate_are_those_on_show_too(tmp_path, suffix):
+    path = uneven(tmp_path / f"a{suffix}")
+    maps, words = take(path, num_frames=12)
+    assert numbers(maps) == [0, 3, 3, 3, 5, 6, 6, 6, 6, 6, 7, 10]
+    assert words == f"a{suffix}: frames 0 to 10 of 12 (by their times, 8 fps)"
+    maps, words = take(path, num_frames=20)
+    assert numbers(maps) == [0, 3, 3, 3, 5, 6, 6, 6, 6, 6, 7, 10, 10, 10, *[10] * 6]
+    held = "it is too short: the last one holds for 6 more"
+    assert words == f"a{suffix}: frames 0 to 10 of 12 (by their times, 8 fps); {held}"
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif", "", " from elsewhere.gif", " of images"])
+def test_no_more_than_a_frame_is_held_at_its_own_size(tmp_path, suffix):
+    frames, path = disc(40, 128, 128), tmp_path / f"a{suffix}"
+    if suffix == " from elsewhere.gif":
+        first, *rest = (Image.fromarray(frame) for frame in frames)
+        first.save(path, save_all=True, append_images=rest, duration=50)
+    elif suffix == " of images":
+        path.mkdir()
+        for i, frame in enumerate(frames):
+            video.write_image(frame, path / f"{i}.png")
+    else:
+        video.write(frames, path, fps=20)
+    take(path, num_frames=2)  # what is imported and kept for ever
+    tracemalloc.start()
+    maps, words = take(path, num_frames=40, fps=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "frames 0 to 39 of 40 (every frame" in words
+    assert peak < maps.nbytes * 2 + 10 * frames[0].nbytes  # decoding keeps a few copies of one
+
+
+def test_a_stream_is_let_go_frame_by_frame(tmp_path, monkeypatch):
+    """Its pixels lie where Python's memory is not counted."""
+    path, decoded, known = video.write(disc(12), tmp_path / "a.mp4", fps=8), streams._decoded, []
+
+    def spied(frame):
+        pixels = decoded(frame)
+        known.append(weakref.ref(pixels))
+        assert sum(pixels() is not None for pixels in known) <= 2
+        return pixels
+
+    monkeypatch.setattr(streams, "_decoded", spied)
+    take(path, num_frames=12)
+    assert len(known) == 12
+
+
+def test_a_frame_that_stays_is_mapped_once(tmp_path, monkeypatch):
+    path, seen = video.write(disc(5, 16, 16), tmp_path / "clip", fps=4), []
+    monkeypatch.setattr(control_maps, "fitted", lambda *asked: seen.append(asked[0]) or fitted(*asked))
+    maps, _ = take(path, num_frames=14, height=16, width=16, kind="edge", ready=False)
+    assert np.array_equal(np.stack(seen), video.read(path).frames)
+    assert np.array_equal(maps, made("edge", np.stack(seen))[[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4, 4]])
+
+
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     path = video.write(numbered(80), tmp_path / "clip.mp4", fps=24)
     decoded, frames_from = [], streams._frames_from
@@ -255,6 +334,71 @@ def test_frames_are_fitted_then_mapped(tmp_path, kind):
     assert np.array_equal(take(path, kind=kind, ready=True, **size)[0], small)
 
 
+@pytest.mark.parametrize("kind", ["canny", "edge", "tile", "depth"])
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_files_are_fitted_as_arrays_are(tmp_path, kind, fit, ready):
+    if kind == "depth" and not ready:
+        return
+    frames = disc(5, 32, 48)
+    path, size = video.write(frames, tmp_path / "clip", fps=16), {"height": 24, "width": 20, "fit": fit, "ready": ready}
+    expected = fitted_maps(kind, frames[::2], **size)
+    assert expected.shape == (3, 24, 20, 3)
+    assert np.array_equal(take(path, kind=kind, num_frames=3, **size)[0], expected)
+    if fit == "crop":
+        size.pop("fit")
+        assert np.array_equal(take(path, kind=kind, num_frames=3, **size)[0], expected)
+        assert np.array_equal(fitted_maps(kind, frames[::2], **size), expected)
+    if fit != "pad" or kind == "tile":
+        small = np.stack([fitted(frame, 24, 20, fit) for frame in frames[::2]])
+        assert np.array_equal(expected, small if ready or kind == "tile" else made(kind, small))
+
+
+@pytest.mark.parametrize("kind", ["canny", "edge"])
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (20, 80), (31, 64), (64, 31)])
+def test_borders_are_no_edges(kind, height, width):
+    plain = np.full((2, 20, 40, 3), (200, 30, 90), np.uint8)
+    assert not fitted_maps(kind, plain, height, width, "pad", ready=False).any()
+    frames = disc(2, 20, 40)
+    frames[:, 8:12, 15:25] = 255
+    scale = min(height / 20, width / 40)
+    y, x = round((height - 20 * scale) / 2), round((width - 40 * scale) / 2)
+    inner = np.stack([fitted(frame, height - 2 * y, width - 2 * x, "stretch") for frame in frames])
+    expected = np.zeros((2, height, width, 3), np.uint8)
+    expected[:, y : height - y, x : width - x] = made(kind, inner)
+    assert expected.any()
+    assert np.array_equal(fitted_maps(kind, frames, height, width, "pad", ready=False), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fit": "squash"}, "fit='squash' to 8x8: choose crop, pad, stretch"),
+        ({"fit": "pad", "height": 0}, "fit='pad' to 8x0: choose"),
+        ({"frames": disc()[0]}, "(F, H, W, 3) is needed"),
+        ({"ready": False}, "a depth control needs ready maps"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(change, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        fitted_maps(**{"kind": "depth", "frames": disc(), "height": 8, "width": 8, "ready": True, **change})
+
+
+@pytest.mark.parametrize("kind", ["depth", "pose", "canny", "seg"])
+def test_ready_maps_are_set_in_black(kind):
+    maps = fitted_maps(kind, disc(2, 20, 40) | 1, 40, 40, "pad", ready=True)
+    assert not maps[:, :10].any()
+    assert not maps[:, 30:].any()
+    assert np.array_equal(maps[:, 10:30], disc(2, 20, 40) | 1)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_tile_has_the_borders_of_a_picture(ready):
+    tiles = fitted_maps("tile", disc(2, 20, 40), 40, 40, "pad", ready=ready)
+    assert np.array_equal(tiles, np.stack([fitted(frame, 40, 40, "pad") for frame in disc(2, 20, 40)]))
+    assert tiles.all(axis=0)[0].any()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
@@ -262,6 +406,7 @@ def test_frames_are_fitted_then_mapped(tmp_path, kind):
         ("clip", {"kind": "scribble", "ready": False}, "scribble maps cannot be made here"),
         ("clip", {"num_frames": 0}, "num_frames=0"),
         ("clip", {"height": 0}, "8x0"),
+        ("clip", {"fit": "squash"}, "fit='squash' to 8x8: choose crop, pad, stretch"),
         ("clip", {"fps": 0}, "fps=0"),
         ("clip", {"fps": 1e-9}, "0.001 are needed"),
         ("clip", {"fps": float("nan")}, "fps=nan"),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from animatelcm import video
-from animatelcm.images import explained, fitted, read_image
+from animatelcm.images import explained, fitted, read_image, rgb
 
 FITS = ("crop", "pad", "stretch")
 SHAPES = [(1, 1), (1, 5000), (5000, 1), (7, 5), (64, 64), (31, 100), (333, 77)]
@@ -139,15 +139,26 @@ def test_what_cannot_be_fitted_is_said(change, said):
 # Reading
 
 
+def png(path: Path, width: int, height: int, bits: int, colour: int, pixels: bytes, clear: bytes = b"") -> Path:
+    """Written by hand; ``colour`` is 0 for grey, 2 for RGB, ``clear`` what tRNS holds."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    parts = {b"IHDR": header, **({b"tRNS": clear} if clear else {}), b"IDAT": pixels, b"IEND": b""}
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items()))
+    return path
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def rows(levels: np.ndarray) -> bytes:
+    """Levels of 16 bits as png stores them, none predicted from another."""
+    return zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels))
+
+
 def png_that_claims(path: Path, width: int, height: int) -> Path:
     """A png of 1 bit a pixel whose pixels are not there."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-    return path
+    return png(path, width, height, 1, 0, b"")
 
 
 @pytest.mark.parametrize(("width", "height"), [(30_000, 30_000), (10_000, 10_000)])
@@ -255,6 +266,60 @@ def test_one_bit_and_sixteen_are_eight(tmp_path):
     for suffix in (".png", ".tif"):
         Image.fromarray(deep).save(tmp_path / f"a{suffix}")
         assert np.array_equal(read_image(tmp_path / f"a{suffix}")[..., 2], np.rint(deep / 257))
+
+
+def test_sixteen_bits_of_one_level_may_be_transparent(tmp_path):
+    """One of 65536, not all that round to it: 5000, 4999 and 5001 are all 19."""
+    deep = np.array([[5000, 4999, 5001, 0], [65535, 5000, 40000, 20000]])
+    shown = np.where(deep == 5000, 255, np.rint(deep / 257))
+    path = png(tmp_path / "a.png", 4, 2, 16, 0, rows(deep), struct.pack(">H", 5000))
+    assert np.array_equal(read_image(path), shown[..., None].repeat(3, axis=2))
+    with Image.open(path) as image:
+        assert np.array_equal(rgb(image)[..., 0], shown)
+    assert not (read_image(png(path, 4, 2, 16, 0, rows(deep)))[0] == 255).any()
+
+
+def test_colours_of_sixteen_bits_are_a_level_off_at_most(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 13, 3))
+    seen = read_image(png(tmp_path / "a.png", 13, 9, 16, 2, rows(deep.reshape(9, -1))))
+    assert np.array_equal(seen, deep // 256)
+    assert np.abs(seen - np.rint(deep / 257)).max() <= 1
+
+
+def test_floats_from_zero_to_one_are_levels(tmp_path):
+    """As depth maps have them."""
+    depth = np.concatenate([np.arange(256) / 255, np.array([0.4, 0.6, 254.4, 254.6]) / 255]).astype(np.float32)
+    shown = np.concatenate([np.arange(256), [0, 1, 254, 255]])
+    Image.fromarray(depth.reshape(10, 26)).save(tmp_path / "a.tif")
+    assert np.array_equal(read_image(tmp_path / "a.tif"), shown.reshape(10, 26, 1).repeat(3, axis=2))
+    assert np.array_equal(rgb(Image.fromarray(depth.reshape(10, 26)))[..., 1], shown.reshape(10, 26))
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        (np.float32([[0, 7.5], [-3, 1]]), "floats from -3.0 to 7.5, where 0 to 1 is needed"),
+        (np.float32([[0, 255]]), "floats from 0.0 to 255.0, where"),
+        (np.float32([[-0.5, 1]]), "floats from -0.5 to 1.0, where"),
+        (np.float32([[0.5, np.nan, 0.25]]), "floats from 0.25 to 0.5, some NaN, where"),
+        (np.float32([[0.5, np.inf]]), "floats from 0.5 to inf, where"),
+        (np.int32([[0, 65536]]), "integers from 0 to 65536, where 0 to 65535 is needed"),
+        (np.int32([[-1, 5]]), "integers from -1 to 5, where"),
+    ],
+)
+def test_grey_levels_of_no_known_range_are_refused(tmp_path, levels, said):
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    words = f"its grey levels are {said}"
+    with pytest.raises(ValueError, match=rf"^cannot read .*a\.tif: {words}.*; scale them to that$"):
+        read_image(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=f"^{words}.*; scale them to that$"):
+        rgb(Image.fromarray(levels))
+
+
+def test_integers_of_thirty_two_bits_may_hold_sixteen(tmp_path):
+    levels = np.array([[0, 128, 129, 65535], [257, 40000, 300, 65406]], np.int32)
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    assert np.array_equal(read_image(tmp_path / "a.tif")[..., 0], [[0, 0, 1, 255], [1, 156, 1, 254]])
 
 
 def test_printers_colours_are_shown_as_screens_do(tmp_path):

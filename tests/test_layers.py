@@ -28,7 +28,6 @@ ROWS = [
         "bundle",
         "saving",
         "assembly",
-        "condition",
         "adapters",
         "miniature",
         "roles",
@@ -36,6 +35,7 @@ ROWS = [
     {
         "objectives",
         "feedback",
+        "condition",
         "sampling",
         "decoding",
         "memory",

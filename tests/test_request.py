@@ -233,6 +233,8 @@ def test_a_seed_of_minus_one_is_drawn_once():
         ("negative_prompt", "a cat", {"guidance_scale": 2.0}),
         ("motion_scale", 0.5, {"image": "a.png"}),
         ("fit", "pad", {"image": "a.png"}),
+        ("fit", "pad", {"video": "a.mp4"}),
+        ("fit", "pad", {"control": ("edge=a.mp4",)}),
         ("colour_match", 0.5, {"image": "a.png"}),
         ("strength", 0.3, {"video": "a.mp4"}),
         ("spacing", "trailing", {"sampler": "dpm++"}),

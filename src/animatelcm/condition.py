@@ -102,19 +102,22 @@ def with_pixels(
     The last frame holds where there are too few. Raises ValueError for pixels of another type or shape.
     """
     if isinstance(control, Mapping):
-        parts = [Control(name, _maps(name, _sized(frames, request))) for name, frames in control.items()]
+        elsewhere = control_maps.FOUND_ELSEWHERE
+        parts = [Control(n, _maps(n, frames, request, ready=n in elsewhere)) for n, frames in control.items()]
     else:
-        parts = [part._replace(maps=_sized(part.maps, request)) for part in control]
+        parts = [part._replace(maps=_maps(part.name, part.maps, request, ready=True)) for part in control]
     return replace(
         condition,
         image=condition.image if image is None else _picture(image, request),
         controls=(*condition.controls, *parts),
-        video=condition.video if video is None else _sized(video, request),
+        video=condition.video if video is None else _maps("tile", video, request, ready=True),
     )
 
 
-def _maps(kind: str, frames: np.ndarray) -> np.ndarray:
-    return frames if kind in control_maps.FOUND_ELSEWHERE else control_maps.made(kind, frames)
+def _maps(kind: str, frames: np.ndarray, request: SampleRequest, *, ready: bool) -> np.ndarray:
+    count, *size = request.shape
+    maps = control_maps.fitted_maps(kind, images.checked_pixels(frames, 4)[:count], *size, request.fit, ready=ready)
+    return np.concatenate([maps, *[maps[-1:]] * (count - len(maps))])
 
 
 def _picture(image: Image | np.ndarray, request: SampleRequest) -> np.ndarray:
@@ -122,12 +125,6 @@ def _picture(image: Image | np.ndarray, request: SampleRequest) -> np.ndarray:
 
     pixels = image if isinstance(image, np.ndarray) else images.rgb(ImageOps.exif_transpose(image))
     return images.fitted(pixels, *request.shape[1:], request.fit)
-
-
-def _sized(frames: np.ndarray, request: SampleRequest) -> np.ndarray:
-    count, height, width = request.shape
-    fitted = [images.fitted(frame, height, width, "crop") for frame in images.checked_pixels(frames, 4)[:count]]
-    return np.stack([*fitted, *fitted[-1:] * (count - len(fitted))])
 
 
 def _check_adapter(model: VideoModel, name: str) -> None:
@@ -151,7 +148,8 @@ def _check_strength(model: VideoModel, request: SampleRequest) -> None:
 
 def _frames(request: SampleRequest, model: VideoModel, file: str, kind: str, *, ready: bool) -> np.ndarray:
     size = dict(zip(("num_frames", "height", "width"), request.shape, strict=True))
-    frames, said = control_maps.read(file, kind, ready=ready, fps=request.fps or model.facts.fps, **size)
+    options = {"ready": ready, "fps": request.fps or model.facts.fps, "fit": request.fit}
+    frames, said = control_maps.read(file, kind, **options, **size)
     LOG.info("%s", said)
     return frames
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from animatelcm import video
-from animatelcm.images import at_home, checked_pixels, fitted, to_fraction
+from animatelcm.images import Fit, at_home, check_fit, checked_pixels, fitted, to_fraction, within_borders
 
 KINDS = ("canny", "edge", "depth", "pose", "tile")
 FOUND_ELSEWHERE = ("depth", "pose")  # by networks that are not here
@@ -26,10 +26,12 @@ STEP = 0.75 * 16
 _STILL_SUFFIXES = (*video.IMAGE_SUFFIXES, ".gif", ".webp")
 
 
+_Mapping = Callable[[np.ndarray], np.ndarray]  # (H, W, 3) -> (H, W, 3)
+
+
 class _Taken(NamedTuple):
-    pictures: Iterable[np.ndarray]  # (H, W, 3), each once
-    shown: list[int]  # which of them each frame shows
-    said: str
+    pictures: Iterable[tuple[int, np.ndarray]]  # (H, W, 3) with its number, for each frame until there are no more
+    said: Callable[[list[int]], str]  # of those numbers
 
 
 def made(kind: str, frames: np.ndarray) -> np.ndarray:
@@ -38,27 +40,66 @@ def made(kind: str, frames: np.ndarray) -> np.ndarray:
     return np.stack([mapped(frame) for frame in checked_pixels(frames, 4)])
 
 
+def fitted_maps(
+    kind: str, frames: np.ndarray, height: int, width: int, fit: Fit = "crop", *, ready: bool
+) -> np.ndarray:
+    """Maps (F, height, width, 3) of frames uint8 (F, H, W, 3), or of ``ready`` maps, each frame apart.
+
+    Frames are brought to the size by ``images.fitted``, then made into maps. ``pad`` sets maps between black borders,
+    where nothing is, and finds them without: a border is no edge. Tiles have the borders of a picture.
+    """
+    mapped = _fitting(kind, height, width, fit, ready=ready)
+    return np.stack([mapped(frame) for frame in checked_pixels(frames, 4)])
+
+
 def read(
-    path: str | Path, kind: str, *, ready: bool, num_frames: int, fps: float | Fraction, height: int, width: int
+    path: str | Path,
+    kind: str,
+    *,
+    ready: bool,
+    num_frames: int,
+    fps: float | Fraction,
+    height: int,
+    width: int,
+    fit: Fit = "crop",
 ) -> tuple[np.ndarray, str]:
     """Maps uint8 (num_frames, height, width, 3) from a video, a folder of images or one image, and what was taken.
 
     Frame i is what a video shows i / fps seconds after its beginning, or the i-th image of a folder, in the order of
-    their names and the numbers in them; the last frame holds where there are too few. Frames are cropped to the size
-    and, unless they are ``ready`` maps, made into maps. Of a stream, nothing after the last frame needed is decoded.
+    their names and the numbers in them; the last frame holds where there are too few. Frames are mapped as
+    ``fitted_maps`` does it, each as it is decoded and once. Of a stream, nothing after the last needed is decoded.
     """
     if min(num_frames, height, width) < 1 or not 0.001 <= fps <= 1000:
         raise ValueError(f"num_frames={num_frames}, {width}x{height}, fps={fps}: at least 1, 1x1 and 0.001 are needed")
-    mapped = _itself if ready else _mapping(kind)
+    mapped = _fitting(kind, height, width, fit, ready=ready)
     taken = _take(at_home(path), num_frames, to_fraction(fps))
-    maps = [mapped(fitted(picture, height, width, "crop")) for picture in taken.pictures]
-    return np.stack(maps)[taken.shown], taken.said
+    numbers: list[int] = []
+    maps: list[np.ndarray] = []
+    for number, picture in taken.pictures:
+        maps.append(maps[-1] if number in numbers[-1:] else mapped(picture))
+        numbers.append(number)
+    return np.stack(maps + maps[-1:] * (num_frames - len(maps))), taken.said(numbers)
 
 
 # Maps of one frame (H, W, 3)
 
 
-def _mapping(kind: str) -> Callable[[np.ndarray], np.ndarray]:
+def _fitting(kind: str, height: int, width: int, fit: Fit, *, ready: bool) -> _Mapping:
+    check_fit(fit, height, width)
+    mapped = _itself if ready else _mapping(kind)
+    if fit == "pad" and kind != "tile":
+        return lambda frame: _within_black(mapped, frame, height, width)
+    return lambda frame: mapped(fitted(frame, height, width, fit))
+
+
+def _within_black(mapped: _Mapping, frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows, columns = within_borders(frame, height, width)
+    framed = np.zeros((height, width, 3), np.uint8)
+    framed[rows, columns] = mapped(fitted(frame, rows.stop - rows.start, columns.stop - columns.start, "stretch"))
+    return framed
+
+
+def _mapping(kind: str) -> _Mapping:
     if kind in FOUND_ELSEWHERE:
         raise ValueError(f"a {kind} control needs ready maps: give a clip of them, as {kind}=map:FILE")
     if kind == "tile":
@@ -109,7 +150,7 @@ def _take(path: Path, num_frames: int, fps: Fraction) -> _Taken:
         return _from_folder(path, num_frames, fps)
     header = video.probe(path)
     if header.fps is None:
-        return _Taken([video.read_image(path)], [0] * num_frames, f"{path.name}: one image, held for all {num_frames}")
+        return _Taken([(0, video.read_image(path))], lambda _: f"{path.name}: one image, held for all {num_frames}")
     return _from_clip(path, header, num_frames, fps)
 
 
@@ -118,8 +159,8 @@ def _from_folder(path: Path, num_frames: int, fps: Fraction) -> _Taken:
     files = sorted((file for file in visible if file.suffix.lower() in _STILL_SUFFIXES), key=_numbers_by_value)
     if not files:
         raise ValueError(f"the folder {path} holds no images; put in some of {', '.join(_STILL_SUFFIXES)}")
-    pictures, shown = map(video.read_image, files[:num_frames]), list(range(num_frames))
-    return _held(_Taken(pictures, shown, path.name), min(len(files), num_frames), len(files), Fraction(1), fps)
+    pictures = enumerate(map(video.read_image, files[:num_frames]))
+    return _Taken(pictures, lambda numbers: _said(path, numbers, num_frames, len(files), fps, fps))
 
 
 def _numbers_by_value(file: Path) -> tuple[list[str | int], str]:
@@ -129,24 +170,21 @@ def _numbers_by_value(file: Path) -> tuple[list[str | int], str]:
 
 
 def _from_clip(path: Path, header: video.Header, num_frames: int, fps: Fraction) -> _Taken:
-    if header.fps <= 0:
-        raise ValueError(f"{path} says that it has {header.fps} frames a second; remake it")
-    ratio = header.fps / fps
-    stride = max(ratio, Fraction(1))  # of what is read; where the clip is slower, its frames are repeated
-    shown = [int(i * ratio / stride) for i in range(num_frames)]
-    enough = header.num_frames > int(shown[-1] * stride)
-    frames = video.read(path, num_frames=shown[-1] + 1 if enough else None, stride=stride).frames
-    return _held(_Taken(frames, shown, path.name), len(frames), header.num_frames, ratio, fps)
+    frames = video.follow(path, fps, num_frames)
+    return _Taken(frames, lambda numbers: _said(path, numbers, num_frames, header.num_frames, header.fps, fps))
 
 
-def _held(taken: _Taken, there: int, total: int, ratio: Fraction, fps: Fraction) -> _Taken:
-    """The last of the pictures that are ``there`` in place of those that are not; the name becomes a sentence."""
-    last, missing = int((there - 1) * max(ratio, 1)), sum(index >= there for index in taken.shown)
-    pace = f"each {1 / float(ratio):.4g} times" if ratio < 1 else "every frame" if ratio == 1 else _every(ratio)
-    said = f"{taken.said}: frames 0 to {last} of {max(total, last + 1)} ({pace}, {float(fps):.4g} fps)"
-    if missing:
+def _said(path: Path, numbers: list[int], num_frames: int, total: int, rate: Fraction, fps: Fraction) -> str:
+    """Which frames were taken, and whether a constant rate takes the same."""
+    ratio, last = rate / fps, numbers[-1]
+    if numbers != [int(i * ratio) for i in range(len(numbers))]:
+        pace = "by their times"
+    else:
+        pace = f"each {1 / float(ratio):.4g} times" if ratio < 1 else "every frame" if ratio == 1 else _every(ratio)
+    said = f"{path.name}: frames 0 to {last} of {max(total, last + 1)} ({pace}, {float(fps):.4g} fps)"
+    if missing := num_frames - len(numbers):
         said += f"; it is too short: the last one holds for {missing} more"
-    return _Taken(taken.pictures, [min(index, there - 1) for index in taken.shown], said)
+    return said
 
 
 def _every(ratio: Fraction) -> str:

@@ -46,13 +46,20 @@ _LABEL_HEIGHT = 14  # pixels: a line of Pillow's default font
 Fit = Literal["crop", "pad", "stretch"]
 
 
+class _LevelsError(ValueError):
+    """Of a sound picture; the words say what to do."""
+
+
 def at_home(path: str | Path) -> Path:
     """The path with somebody's home in place of ``~``; as it is where nobody has that name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises where nobody has that name
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """uint8 (H, W, 3) RGB, the right way up (EXIF), transparency over white, 16 bits rounded to 8.
+    """uint8 (H, W, 3) RGB, the right way up (EXIF), transparency over white.
+
+    Grey of 16 bits, or of floats in [0, 1], is rounded to 8 bits; grey of other numbers is an error. Colour of 16 bits
+    is cut to its high bytes, which are all that Pillow gives: up to one level below or above the nearest.
 
     More pixels than Pillow's ``Image.MAX_IMAGE_PIXELS`` are an error, before any is decoded.
     """
@@ -85,8 +92,7 @@ def fitted(image: np.ndarray, height: int, width: int, fit: Fit = "crop") -> np.
     ``crop``: what covers the frame, its middle cut out. ``pad``: the whole of it, within borders of the mean colour of
     its outermost pixels. ``stretch``: both sides apart. A picture that has the size comes back as it is.
     """
-    if fit not in get_args(Fit) or min(height, width) < 1:
-        raise ValueError(f"fit={fit!r} to {width}x{height}: choose {', '.join(get_args(Fit))}, and 1x1 at least")
+    check_fit(fit, height, width)
     h, w = checked_pixels(image, 3).shape[:2]
     if (h, w) == (height, width):
         return image.copy()
@@ -99,16 +105,31 @@ def fitted(image: np.ndarray, height: int, width: int, fit: Fit = "crop") -> np.
     return _resized(image, height, width, (left, top, w - left, h - top))
 
 
-def _padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Opposite borders are equal, for which the picture may grow by a pixel along one side, or two where it is thin."""
+def check_fit(fit: str, height: int, width: int) -> None:
+    """Raises ValueError where ``fitted`` would, whatever the picture."""
+    if fit not in get_args(Fit) or min(height, width) < 1:
+        raise ValueError(f"fit={fit!r} to {width}x{height}: choose {', '.join(get_args(Fit))}, and 1x1 at least")
+
+
+def within_borders(image: np.ndarray, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a frame (height, width, 3) that a picture (H, W, 3) fills where it is padded.
+
+    Opposite borders are equal, for which the picture may grow by a pixel along one side, or two where it is thin.
+    """
     h, w = image.shape[:2]
     scale = min(height / h, width / w)
     y, x = (min(round((side - scale * own) / 2), (side - 1) // 2) for side, own in ((height, h), (width, w)))
+    return slice(y, height - y), slice(x, width - x)
+
+
+def _padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    h, w = image.shape[:2]
+    rows, columns = within_borders(image, height, width)
     outermost = np.ones((h, w), bool)
     outermost[1:-1, 1:-1] = False
     frame = np.empty((height, width, 3), np.uint8)
     frame[:] = np.rint(image[outermost].mean(axis=0))
-    frame[y : height - y, x : width - x] = _resized(image, height - 2 * y, width - 2 * x, (0, 0, w, h))
+    frame[rows, columns] = _resized(image, rows.stop - rows.start, columns.stop - columns.start, (0, 0, w, h))
     return frame
 
 
@@ -182,13 +203,28 @@ def to_fraction(fps: float | str | Fraction) -> Fraction:
 
 
 def rgb(image: Image.Image) -> np.ndarray:
-    """What a viewer with a white background shows: uint8 (H, W, 3)."""
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    """What a viewer with a white background shows: uint8 (H, W, 3). Raises ValueError for grey levels that are floats
+    outside [0, 1] or integers outside 0..65535: nobody knows which are black and white."""
+    if image.mode.startswith(("F", "I")):  # Pillow would clip at 255
+        image = Image.fromarray(_levels(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """Grey of floats or of more than 8 bits as uint8 (H, W)."""
+    values = np.asarray(image)
+    kind, white = ("floats", 1) if image.mode == "F" else ("integers", 65535)
+    if not (values.min() >= 0 and values.max() <= white):
+        low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)
+        span = f"{low} to {high}{', some NaN' if np.isnan(values).any() else ''}"
+        raise _LevelsError(f"its grey levels are {kind} from {span}, where 0 to {white} is needed; scale them to that")
+    levels = np.rint(values * (255 / white)).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):
+        levels[values == clear] = 255
+    return levels
 
 
 def save(frames: np.ndarray, path: Path, file_format: str, note: Note, **options: object) -> None:
@@ -244,6 +280,8 @@ def explained(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} has {pixels:,} pixels, more than the {Image.MAX_IMAGE_PIXELS:,} that are read; make it smaller"
         ) from error
+    except _LevelsError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
     except _DECODER_ERRORS as error:
         raise ValueError(
             f"cannot read {path} ({error}): truncated, corrupt or of another format; remove or remake it"

@@ -21,7 +21,7 @@ Sampler = Literal["lcm", "ddim", "dpm++"]
 Spacing = Literal["leading", "trailing"]
 Noise = Literal["freenoise", "random"]
 Fit = Literal["crop", "pad", "stretch"]
-"""How a picture comes to the video's size."""
+"""How a picture, a layout, or a video to begin from comes to the video's size."""
 
 
 class Part(Protocol):
@@ -130,7 +130,8 @@ class SampleRequest:
     image: str = ""
     """A picture to animate: its file. The model needs an image encoder (i2v)."""
     fit: Fit = "crop"
-    """How the picture comes to the video's size: crop the middle, pad with its borders' colour, or stretch."""
+    """How a picture, layouts and a video to begin from come to the video's size: crop the middle, pad with the colour
+    of their borders (maps with black), or stretch."""
     motion_scale: float | None = None
     """With a picture: how much its frames may differ; 0 stands still. Default: as the image encoder was trained, 0.8
     where that says nothing."""
@@ -240,11 +241,12 @@ def unused(
     """
     image = bool(request.image) if image is None else image
     video = bool(request.video) if video is None else video
+    steers = tuple(request.controls() if controls is None else controls)
     plain = SampleRequest(prompt="")
     said = {
         "negative_prompt": (request.guidance_scale == 1, "guidance_scale is 1 (off); ask for more, such as 2"),
         "motion_scale": (not image, "there is no picture to animate; give one as image"),
-        "fit": (not image, "there is no picture to animate; give one as image"),
+        "fit": (not (image or video or steers), "there is nothing to fit; give an image, a control or a video"),
         "colour_match": (not image, "there is no picture to animate; give one as image"),
         "strength": (not video, "there is no video to begin from; give one as video"),
         "spacing": (request.sampler == "lcm", "the sampler lcm has timesteps of its own; choose ddim or dpm++"),
@@ -255,7 +257,7 @@ def unused(
         if idle and getattr(request, name) != getattr(plain, name)
     ]
     steps = _steps_walked(request, begun=video)
-    return settings + [_idle(part, steps) for part in controls or request.controls() if _is_idle(part, steps)]
+    return settings + [_idle(part, steps) for part in steers if _is_idle(part, steps)]
 
 
 def _steps_walked(request: SampleRequest, *, begun: bool) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -25,6 +25,7 @@ _BT709, _UNSPECIFIED = 1, 2  # codes of ITU-T H.273 for primaries, transfer and 
 # SWS_BICUBIC | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP: the fast paths of swscale darken by one level.
 _EXACT_CONVERSION = 0x4 | 0x40000 | 0x2000 | 0x4000
 _REORDERING = 16  # frames: the most that H.264 lets decoding order differ from display order
+_ROUNDING = Fraction(1, 500)  # seconds: no container that rounds times has coarser ticks
 
 
 class Header(NamedTuple):
@@ -54,6 +55,30 @@ class Window(NamedTuple):
 
 Decoded = tuple[list[np.ndarray], Fraction, dict[str, str]]
 """The frames of a window; frame rate and metadata of the whole file."""
+Span = tuple[int, _T, Fraction]
+"""A frame's number, what it is decoded from, and until when it is shown at least: seconds after the first began."""
+
+
+def by_rate(items: Iterable[_T], rate: Fraction) -> Iterator[Span[_T]]:
+    """Spans of equal length."""
+    if rate <= 0:
+        raise ValueError(f"it has {rate} frames a second")
+    return ((number, item, (number + 1) / rate) for number, item in enumerate(items))
+
+
+def on_show(
+    spans: Iterable[Span[_T]], fps: Fraction, count: int, decode: Callable[[_T], np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and pixels of what is shown after i / fps seconds, for i < count. Each is decoded once."""
+    i, shown = 0, None
+    for number, item, until in spans:
+        while i < count and i / fps < until:
+            if number != shown:
+                shown, pixels = number, decode(item)
+            yield number, pixels
+            i += 1
+        if i == count:
+            return
 
 
 def write_mp4(chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
@@ -146,6 +171,60 @@ def _frames_from(container: InputContainer, stream: VideoStream, start: int) -> 
         if start:
             container.seek(0)
         yield from enumerate(container.decode(stream))
+
+
+def follow_stream(path: Path, fps: Fraction, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """By presentation times, which packets tell before they are decoded; by the average rate where some have none."""
+    with _opened(path) as (container, stream):
+        times = _times(container, stream, count / fps)
+    with _opened(path) as (container, stream):
+        frames, rate = _frames_from(container, stream, 0), _rate(stream)
+        timed = _spans(frames, times, rate, stream.time_base)
+        spans = timed if times else by_rate((frame for _, frame in frames), rate)
+        yield from on_show(spans, fps, count, _decoded)
+
+
+def _times(container: InputContainer, stream: VideoStream, seconds: Fraction) -> list[int]:
+    """Presentation times in ticks, in order, of the frames within ``seconds`` and the next; none if any has none."""
+    times: list[int] = []
+    beyond = 0
+    for packet in _shown_packets(container, stream):
+        if packet.pts is None:
+            return []
+        insort(times, packet.pts)
+        beyond += (packet.pts - times[0]) * stream.time_base > seconds
+        if beyond > _REORDERING:
+            break
+    return times
+
+
+def _spans(
+    numbered: Iterable[tuple[int, av.VideoFrame]], times: list[int], rate: Fraction, tick: Fraction
+) -> Iterator[Span[av.VideoFrame]]:
+    """Each frame until the next packet's time, and once more until the next frame's: some packets show nothing."""
+
+    def begins(number: int, pts: int | None) -> Fraction:
+        """Containers round times: a frame less than a tick from its place at a constant rate is in that place."""
+        place = number / rate
+        if pts is None or first is None:
+            return place
+        said = (pts - first) * tick
+        return place if abs(said - place) < tick else said - min(tick, _ROUNDING)
+
+    first = frame = None
+    for number, following in numbered:
+        if frame is None:
+            first = following.pts
+        else:
+            yield number - 1, frame, begins(number, following.pts)
+        frame = following
+        later = len(times) if frame.pts is None else bisect_right(times, frame.pts)
+        if later < len(times):
+            yield number, frame, begins(number + 1, times[later])
+    if frame is not None:
+        length = (frame.duration or 0) * tick
+        constant = not length or abs(length - 1 / rate) < tick
+        yield number, frame, begins(number, frame.pts) + (1 / rate if constant else length)
 
 
 def _decoded(frame: av.VideoFrame) -> np.ndarray:

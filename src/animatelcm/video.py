@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial as wrapped
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from animatelcm.images import (
     IMAGE_SUFFIXES,
@@ -34,7 +35,18 @@ from animatelcm.images import (
     to_fraction,
     write_image,
 )
-from animatelcm.streams import Decoded, Header, Window, probe_stream, read_stream, write_mp4
+from animatelcm.streams import (
+    Decoded,
+    Header,
+    Span,
+    Window,
+    by_rate,
+    follow_stream,
+    on_show,
+    probe_stream,
+    read_stream,
+    write_mp4,
+)
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -45,6 +57,7 @@ __all__ = [
     "check_fps",
     "check_path",
     "contact_sheet",
+    "follow",
     "probe",
     "read",
     "read_image",
@@ -62,7 +75,7 @@ LONGEST_NAME = 200
 """Bytes: file systems take 255, and names grow while a file is unfinished."""
 
 _MAX_FPS = {"": 1000, ".mp4": 1000, ".gif": 50, ".webp": 100}  # players show faster gifs and webps at 10
-_BROWSER_FPS = Fraction(10)  # what they show where a file has no delays
+_BROWSER_DELAY = 100  # milliseconds that they show a picture without any
 
 
 class Footage(NamedTuple):
@@ -151,6 +164,23 @@ def read(path: str | Path, *, num_frames: int | None = None, stride: float | Fra
     return Footage(frames, fps, metadata)
 
 
+def follow(path: str | Path, fps: Fraction, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """For i < count, number and pixels of the frame that a player shows i / fps seconds after the first began.
+
+    Times are those of presentation in a stream, the delays of a gif or webp from elsewhere, and otherwise the frame
+    rate that our own files note. It ends with the video. A frame is decoded when it is asked for, none after the last;
+    of a gif or webp all are beforehand too, for their delays, but none is kept.
+    """
+    if fps <= 0 or count < 1:
+        raise ValueError(f"fps={fps}, count={count}: more than 0, and 1 at least, are needed")
+    path, found = at_home(path), False
+    with explained(path):
+        for found in _FOLLOWERS.get(_kind(path), follow_stream)(path, fps, count):
+            yield found
+        if not found:
+            raise ValueError("it shows no frame")
+
+
 def probe(path: str | Path) -> Header:
     """Length, frame rate and metadata; only a gif or webp from elsewhere is decoded, for its frame rate."""
     path = at_home(path)
@@ -222,27 +252,65 @@ def _probe_animation(path: Path) -> Header:
         note, stored = Note.of(image), getattr(image, "n_frames", 1)
     if note.fps is not None or stored == 1:
         return Header(note.num_frames, note.fps, note.metadata)
-    images, fps, metadata = _read_animation(path, Window(0, Fraction(1), None))
-    return Header(len(images), fps, metadata)
+    fps, spans = _timed(path)
+    return Header(len(spans), fps, note.metadata)
 
 
 def _read_animation(path: Path, window: Window) -> Decoded:
-    if path.suffix.lower() == ".gif" and path.read_bytes().rstrip(b"\0")[-1:] != b";":
-        raise ValueError("its end is missing")
-    images, ends = [], [0]
+    _check_end(path)
     with opened(path) as image:
         note = Note.of(image)
-        for index in range(getattr(image, "n_frames", 1)):
-            image.seek(index)
-            images.append(rgb(image))
-            ends.append(ends[-1] + image.info.get("duration", 0))
-    fps = Fraction(1000 * len(images), ends[-1]) if ends[-1] else _BROWSER_FPS
+        images, delays = zip(*((rgb(image), delay) for delay in _delays(image)), strict=True)
+    fps, spans = _spans(note, delays)
+    return list(window.choose((number, images[stored]) for number, stored, _ in spans)), fps, note.metadata
+
+
+def _follow_animation(path: Path, fps: Fraction, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    _, spans = _timed(path)
+    with opened(path) as image:
+
+        def pixels(stored: int) -> np.ndarray:
+            image.seek(stored)
+            return rgb(image)
+
+        yield from on_show(spans, fps, count, pixels)
+
+
+def _check_end(path: Path) -> None:
+    if path.suffix.lower() != ".gif":
+        return
+    last = b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 16):
+            last = block.rstrip(b"\0")[-1:] or last
+    if last != b";":
+        raise ValueError("its end is missing")
+
+
+def _delays(image: Image.Image) -> Iterator[int]:
+    """Milliseconds that each stored picture is shown, while the image is at it."""
+    for index in range(getattr(image, "n_frames", 1)):
+        image.seek(index)
+        image.load()  # before which a webp does not know
+        yield image.info.get("duration") or _BROWSER_DELAY
+
+
+def _timed(path: Path) -> tuple[Fraction, list[Span[int]]]:
+    """Frame rate and spans; every picture is decoded, and none is kept."""
+    _check_end(path)
+    with opened(path) as image:
+        return _spans(Note.of(image), list(_delays(image)))
+
+
+def _spans(note: Note, delays: Sequence[int]) -> tuple[Fraction, list[Span[int]]]:
+    """Frame rate, and for each frame the stored picture that it is, by its index."""
+    ends = list(accumulate(delays))
     # The note holds unless somebody has cut or retimed the file since; a still webp has lost its delay.
-    if note.fps and (len(images) == 1 or abs(1000 * note.num_frames / note.fps - ends[-1]) < 10):
-        fps = note.fps
-        middles = [1000 * (i + Fraction(1, 2)) / fps for i in range(note.num_frames)]
-        images = [images[min(bisect_right(ends, time), len(images)) - 1] for time in middles]
-    return list(window.choose(enumerate(images))), fps, note.metadata
+    if note.fps and (len(delays) == 1 or abs(1000 * note.num_frames / note.fps - ends[-1]) < 10):
+        middles = [1000 * (i + Fraction(1, 2)) / note.fps for i in range(note.num_frames)]
+        stored = [min(bisect_right(ends, time), len(ends) - 1) for time in middles]
+        return note.fps, list(by_rate(stored, note.fps))
+    return Fraction(1000 * len(ends), ends[-1]), [(i, i, Fraction(end, 1000)) for i, end in enumerate(ends)]
 
 
 # Sequences: a folder of 00000.png, 00001.png, ... and metadata.json
@@ -274,6 +342,12 @@ def _read_sequence(path: Path, window: Window) -> Decoded:
     return [read_image(file) for file in window.choose(enumerate(files))], note.fps, note.metadata
 
 
+def _follow_sequence(path: Path, fps: Fraction, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    files, note = _sequence(path)
+    assert note.fps is not None
+    return on_show(by_rate(files, note.fps), fps, count, read_image)
+
+
 def _write_picture(file_format: str, chunks: Iterator[np.ndarray], path: Path, note: Note, quality: int) -> None:
     save(np.concatenate(list(chunks)), path, file_format, Note(note.metadata), quality=95)
 
@@ -286,6 +360,7 @@ def _probe_image(path: Path) -> Header:
 _WRITERS = {"": _write_sequence, ".gif": _write_gif, ".mp4": write_mp4, ".webp": _write_webp}
 _WRITERS |= {kind: wrapped(_write_picture, "PNG" if kind == ".png" else "JPEG") for kind in PICTURE_SUFFIXES}
 _READERS = {"": _read_sequence, ".gif": _read_animation, ".webp": _read_animation}
+_FOLLOWERS = {"": _follow_sequence, ".gif": _follow_animation, ".webp": _follow_animation}
 _PROBES = dict.fromkeys(IMAGE_SUFFIXES, _probe_image) | {
     "": _probe_sequence,
     ".gif": _probe_animation,
