@@ -3,24 +3,32 @@
     python benchmarks/inference.py --model emoji                      # a CPU, minutes
     python benchmarks/inference.py --model sd15-random --compiled     # a GPU
 
-Each case is ``animatelcm bench``'s: one process, A B A B, medians. A line of JSON a case goes to ``--out``; the table
-comes at the end. Cases that memory does not suffice for are told, and left out.
+Each case is ``animatelcm bench``'s: one process, A B A B, medians. A line of JSON a case goes to ``--out``, and the
+same command goes on behind it; the table comes at the end. Cases that memory does not suffice for, or whose network
+Dynamo compiles too often, are told and left out: their line has no figures, but says why (``left_out``).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
-from animatelcm.bench import inference
+from animatelcm.bench import inference, machine
 from animatelcm.bench.inference import Case, Subject
 from animatelcm.memory import best_dtype
+from animatelcm.model import VideoModel
 from animatelcm.model_source import Precision
 from animatelcm.sampling import best_device
+
+SIZES: dict[Subject, tuple[int, ...]] = {"emoji": (64, 128), "sd15-random": (256, 512, 768)}
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +45,18 @@ class Sweep:
     batches: tuple[int, ...] = (1, 4)
     rounds: int = 5
     compiled: bool = False
-    """Also diffusers' network under torch.compile."""
+    """Also diffusers' network under torch.compile, anew for each case."""
     device: str = "auto"
     precision: Precision = "auto"
     out: Path | None = None
-    """A file for a line of JSON a case."""
+    """A file for a line of JSON a case. Cases that it has of this model, precision and machine are not measured
+    again."""
+    minutes: float | None = None
+    """Begin no case after so many."""
 
     def cases(self) -> list[Case]:
         """The usual case, and each neighbour of it once."""
-        sizes = self.sizes or ((64, 128) if self.model == "emoji" else (256, 512, 768))
+        sizes = self.sizes or SIZES[self.model]
         usual = {"steps": 4, "guidance": 1.0, "frames": 16, "size": 64 if self.model == "emoji" else 512, "batch": 1}
         tried = {"steps": self.steps, "guidance": self.guidance, "frames": self.frames, "size": sizes}
         tried["batch"] = self.batches
@@ -54,36 +65,79 @@ class Sweep:
 
 
 def main(sweep: Sweep) -> None:
+    began = time.monotonic()
     device = best_device() if sweep.device == "auto" else sweep.device
-    model = inference.subject(sweep.model, device, best_dtype(sweep.precision, device))
-    reports: list[dict[str, Any]] = []
-    for case in sweep.cases():
-        try:
-            reports.append(inference.compare(model, case, rounds=sweep.rounds, compiled=sweep.compiled))
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            print(f"left out, out of memory: {case}")
-            continue
-        print(inference.table(reports[-1]), end="\n\n")
+    dtype, here = best_dtype(sweep.precision, device), machine.facts()
+    about = {
+        "model": sweep.model,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": sweep.compiled,
+        "machine": here,
+    }
+    cases = {_key(about | {"case": asdict(case)}): case for case in sweep.cases()}
+    rows = {_key(row): row for row in _written(sweep.out)}
+    rows = {key: rows[key] for key in cases if key in rows}
+    waiting = [key for key in cases if key not in rows]
+    if sweep.out is not None:
+        sweep.out.parent.mkdir(parents=True, exist_ok=True)
+    model = inference.subject(sweep.model, device, dtype) if waiting else None
+    while waiting and (sweep.minutes is None or time.monotonic() - began < 60 * sweep.minutes):
+        case = cases[key := waiting.pop(0)]
+        report = measured(model, case, rounds=sweep.rounds, compiled=sweep.compiled)
+        said = f"left out, {report}: {case}" if isinstance(report, str) else inference.table(report)
+        print(said, end="\n\n", flush=True)
+        found = {"case": asdict(case), "left_out": report} if isinstance(report, str) else report
+        rows[key] = {**found, **about}
         if sweep.out is not None:
             with sweep.out.open("a") as file:
-                file.write(json.dumps(reports[-1]) + "\n")
-    print(summary(reports))
+                file.write(json.dumps(rows[key]) + "\n")
+    print(summary([rows[key] for key in cases if key in rows and "left_out" not in rows[key]]))
+    if waiting:
+        print(f"{len(waiting)} of {len(cases)} cases are left; with --out the same line goes on")
 
 
-def summary(reports: list[dict[str, Any]]) -> str:
-    """A markdown table, a line a case."""
+def measured(model: VideoModel, case: Case, **options: Any) -> Row | str:  # noqa: ANN401 - those of compare
+    """A case's report, or why there is none."""
+    try:
+        return inference.fitting(partial(inference.compare, model, case, **options)) or "out of memory"
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        return "compiled too often"
+
+
+def _written(out: Path | None) -> list[Row]:
+    if out is None or not out.is_file():
+        return []
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def _key(row: Row) -> str:
+    """What a row is of."""
+    place = torch.device(row["device"]).type, row["machine"]["gpu"] or row["machine"]["cpu"]
+    return json.dumps([row["model"], *place, row["dtype"], row.get("compiled"), row["case"]])
+
+
+def summary(reports: list[Row]) -> str:
+    """A markdown table, a line a case: MiB are those of weights and tensors from prompt to frames."""
     lines = [
-        "| steps | guidance | frames | size | batch | ours, s | diffusers, s | denoise x | decode x | of machine |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| steps | guidance | frames | size | batch | ours, s | diffusers, s | denoise x | compiled x | decode x "
+        "| to frames, s | ours, MiB | diffusers, MiB | of machine |",
+        "|" + "---|" * 14,
     ]
     for report in reports:
         case, seconds = report["case"], report["seconds"]["denoise"]
+        compiled = report.get("denoise_speedup_vs_diffusers_compiled")
+        mib = {
+            name: (report["weights_bytes"][name] + report["peak_bytes_prompt_to_frames"][name]) / 2**20
+            for name in ("ours", "diffusers")
+        }
         lines.append(
             f"| {case['steps']} | {case['guidance']:g} | {case['frames']} | {case['size']} | {case['batch']} "
             f"| {seconds['ours']['median']:.3f} | {seconds['diffusers']['median']:.3f} "
-            f"| {report['denoise_speedup_vs_diffusers']:.2f} | {report['decode_speedup_vs_diffusers']:.2f} "
+            f"| {report['denoise_speedup_vs_diffusers']:.2f} | {'-' if compiled is None else f'{compiled:.2f}'} "
+            f"| {report['decode_speedup_vs_diffusers']:.2f} "
+            f"| {report['seconds']['prompt_to_frames']['ours']['median']:.3f} "
+            f"| {mib['ours']:.0f} | {mib['diffusers']:.0f} "
             f"| {report['share_of_machine']['denoise']['ours']:.0%} |"
         )
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from animatelcm.bench.timing import Timing, interleaved, peak_memory
+from animatelcm.bench.timing import Memory, Timing, interleaved, memory_of, peak_memory
 
 MIB = 2**20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,3 +98,58 @@ def test_the_peak_of_a_backward_pass_is_the_chain_rule_s():
         x.grad = None
 
     assert peak_memory(call) == pytest.approx(4 * size, rel=0.05)
+
+
+class _Allocator:
+    """torch.cuda's counters, in bytes: of tensors, and of blocks that are kept from others."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.alive = self.kept = self.most_alive = self.most_kept = 0
+        said = {
+            "is_available": lambda: True,
+            "synchronize": lambda *_: None,
+            "empty_cache": self.empty_cache,
+            "reset_peak_memory_stats": self.reset,
+            "memory_allocated": lambda *_: self.alive,
+            "max_memory_allocated": lambda *_: self.most_alive,
+            "max_memory_reserved": lambda *_: self.most_kept,
+        }
+        for name, value in said.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def take(self, count):
+        self.alive += count
+        self.kept = max(self.kept, self.alive)
+        self.most_alive, self.most_kept = max(self.most_alive, self.alive), max(self.most_kept, self.kept)
+
+    def empty_cache(self):
+        self.kept = self.alive
+
+    def reset(self):
+        self.most_alive, self.most_kept = self.alive, self.kept
+
+
+def test_on_a_gpu_weights_and_what_earlier_calls_left_do_not_count(monkeypatch):
+    cuda = _Allocator(monkeypatch)
+    cuda.take(100)  # weights
+    cuda.take(70)
+    cuda.take(-70)  # an earlier call, whose blocks are kept
+
+    def call():
+        cuda.take(30)
+        cuda.take(-30)
+        cuda.kept += 20  # a graph's own
+
+    def twice():
+        call()
+        cuda.take(10)
+        cuda.most_kept = max(cuda.most_kept, cuda.kept)
+
+    assert memory_of(twice) == Memory(tensors=30, held=50)
+    assert memory_of(twice, "cuda") == Memory(tensors=40 - 10, held=50)
+
+
+def test_memory_of_a_model_on_the_cpu_is_the_cpus_where_there_is_a_gpu(monkeypatch):
+    _Allocator(monkeypatch)
+    taken = memory_of(lambda: torch.empty(16 * MIB, dtype=torch.uint8), "cpu")
+    assert taken == Memory(16 * MIB, 16 * MIB)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +66,70 @@ def test_colours_are_matched_frame_by_frame(fresh_model):
 def test_the_caller_keeps_its_grad_mode(fresh_model):
     for _ in frames(fresh_model, draft(fresh_model)):
         assert not torch.is_inference_mode_enabled()
+
+
+# On a stream of its own
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The CPU passes for two CUDA devices; what happens to latents and streams, in order."""
+    said, inside = [], []
+
+    class Stream:
+        def __init__(self, device):
+            self.name = str(device)
+            said.append(f"new {self.name}")
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other}")
+
+    @contextmanager
+    def current(stream):
+        inside.append(stream.name)
+        yield
+        inside.pop()
+
+    contiguous, empty = torch.Tensor.contiguous, torch.empty
+
+    def copied(self, **options):
+        said.append(f"{len(self)} copied on {inside}")
+        return contiguous(self, **options)
+
+    event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.Tensor, "contiguous", copied)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, on: said.append(f"{len(self)} kept for {on.name}"))
+    monkeypatch.setattr(decoding, "_stream", cache(decoding._stream.__wrapped__))
+    return said
+
+
+def _drawing(device: torch.device) -> SimpleNamespace:
+    return SimpleNamespace(device=device, draw=lambda x, bands: x[:, :3].permute(0, 2, 3, 1))
+
+
+def test_a_chunk_is_copied_on_the_stream_that_decodes_it(fresh_model, streams):
+    made = draft(fresh_model, 6)
+    chunks = list(frames(_drawing(torch.device("cuda", 0)), made))
+    assert [len(chunk) for chunk in chunks] == [4, 2]
+    assert streams == [
+        *("new cuda:0", "cuda:0 waits for the caller's"),
+        *("4 kept for cuda:0", "4 copied on ['cuda:0']"),
+        *("2 kept for cuda:0", "2 copied on ['cuda:0']"),
+    ]
+    expected = made.latents[0, :3].permute(1, 2, 3, 0).numpy()
+    assert (np.concatenate(chunks) == expected).all()
+
+
+def test_all_videos_of_a_device_share_a_stream(fresh_model, streams):
+    for index in (0, 0, 1, 1):
+        list(frames(_drawing(torch.device("cuda", index)), draft(fresh_model, 1)))
+    assert [line for line in streams if line.startswith("new")] == ["new cuda:0", "new cuda:1"]
 
 
 # One thread ahead
@@ -159,9 +225,17 @@ def _limited(model, monkeypatch, most: int, calls: list[tuple[int, ...]]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("most", "tried"), [(16 * 64, [16, 4]), (15 * 64, [16, 4, 4, 4, 4, 4]), (64, [16, 4, *[1] * 20])]
+    ("own", "most", "tried"),
+    [
+        (False, 16 * 64, [16, 4]),
+        (False, 15 * 64, [16, 4, 4, 4, 4, 4]),
+        (False, 64, [16, 4, *[1] * 20]),
+        (True, 16 * 64, [4, 4, 4, 4, 4]),
+        (True, 64, [4, *[1] * 20]),
+    ],
 )
-def test_chunks_shrink_once_and_the_video_is_the_same(fresh_model, plain, monkeypatch, most, tried):
+def test_chunks_shrink_once_and_the_video_is_the_same(fresh_model, plain, monkeypatch, own, most, tried):
+    monkeypatch.setattr(memory, "has_own_memory", lambda _: own)
     calls: list[tuple[int, ...]] = []
     _limited(fresh_model, monkeypatch, most, calls)
     assert _near(whole(fresh_model, draft(fresh_model)).frames, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,12 @@ from torch import nn
 from animatelcm import memory
 from animatelcm.condition import Condition, Control
 from animatelcm.model_source import ModelSource
+from animatelcm.nets.blocks import TransformerBlock
+from animatelcm.nets.graphs import Graphs
+from animatelcm.nets.unet import VideoUNet
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
+from networks import SMALL
 from test_condition import beside, clip
 
 REQUEST = SampleRequest(prompt="a parrot", num_frames=2, num_inference_steps=2, guidance_scale=1.0)
@@ -135,12 +140,110 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     assert memory.attempt(lambda: 3) == 3
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_a_lack_of_memory_is_known_by_its_words(said):
+    def fail() -> None:
+        raise RuntimeError(said)
+
+    assert memory.attempt(fail) is None
+
+
+# Graphs
+
+
+def _recorded(graphs: Graphs) -> None:
+    """A graph of the simplest network."""
+    graphs._record = lambda call: (lambda: None, call())
+    for _ in range(2):
+        graphs(nn.Identity(), torch.ones(1))
+
+
+def test_graphs_are_dropped_where_memory_does_not_suffice(model):
+    held, calls = [True], []
+
+    def full_beside_graphs() -> int:
+        calls.append(bool(model._graphs))
+        return _full() if calls[-1] else 3
+
+    _recorded(model._graphs)
+    assert memory.attempt(full_beside_graphs) == 3
+    assert calls == [True, False]
+
+    def full() -> None:
+        held.append(bool(model._graphs))
+        _recorded(model._graphs)
+        _full()
+
+    _recorded(model._graphs)
+    assert memory.attempt(full) is None
+    assert held[1:] == [True, False]  # once more, not for ever
+    assert not model._graphs
+
+
+def test_graphs_are_dropped_where_weights_go_away(model, moves):
+    _recorded(model._graphs)
+    with memory.offloaded(model):
+        assert not model._graphs
+
+
+def test_memory_of_graphs_is_free_where_it_is_wanted(model, moves, monkeypatch):
+    request = replace(REQUEST, width=64, height=64)
+    one = memory.needed(model, request)
+    monkeypatch.setattr(memory, "free_memory", lambda _: one * (2 if model._graphs else 4))
+    for count, kept in ((1, True), (2, True), (3, False)):
+        _recorded(model._graphs)
+        assert memory.at_a_time(model, replace(request, num_videos_per_prompt=count)) == count
+        assert bool(model._graphs) == kept
+    monkeypatch.setattr(memory, "free_memory", lambda _: one - 1 if model._graphs else one)
+    _recorded(model._graphs)
+    assert not memory.is_short(model, request)
+    assert not model._graphs
+    monkeypatch.setattr(memory, "free_memory", lambda _: one - 1)
+    assert memory.is_short(model, request)
+
+
+@pytest.mark.parametrize(("backend", "free"), [("native", 100 + 30 - 4), ("cudaMallocAsync", 100 + 30)])
+def test_free_memory_leaves_pools_of_graphs_out(monkeypatch, backend, free):
+    def segment(device: int, pool: tuple[int, int], total: int, used: int) -> dict[str, object]:
+        return {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": used}
+
+    segments = [segment(0, (0, 1), 5, 1), segment(0, (0, 0), 36, 10), segment(1, (0, 1), 8, 1)]
+    fakes = {"memory_reserved": 41, "memory_allocated": 11, "mem_get_info": (100, 200)}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    assert memory.free_memory(torch.device("cuda", 0)) == memory.free_memory(torch.device("cuda")) == free
+
+
+def test_projections_that_come_to_a_gpu_lie_beside_each_other_again(monkeypatch):
+    unet = VideoUNet(SMALL)
+    monkeypatch.setattr(VideoUNet, "to", lambda self, _: self._apply(torch.clone))
+    layers = [m.attn1 for m in unet.modules() if isinstance(m, TransformerBlock)]
+    for device, joined in (("cuda:1", True), ("cpu", False), (torch.device("cuda"), True)):
+        with torch.inference_mode():
+            memory._move([unet, nn.Identity()], device)
+        with torch.no_grad():
+            assert [layer._joined() is not None for layer in layers] == [joined] * len(layers)
+    assert layers
+    assert not any(p.is_inference() for p in unet.parameters())
+
+
 def test_a_model_that_does_not_fit_waits_on_the_cpu(moves, model, monkeypatch):
     there, asked = torch.device("cpu", 0), []
 
     def load_sum(source, *, device, **options):
         asked.append(str(device))
-        return _full() if device == there else replace(model)
+        return _full() if device == there else copy.deepcopy(model)  # hooks stay on its networks
 
     monkeypatch.setattr(memory, "load_sum", load_sum)
     assert memory.load_for(ModelSource(), device=there, offload="auto").runs_on == there

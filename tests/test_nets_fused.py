@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from animatelcm.nets import fused, lora
+from animatelcm.nets import fused, lean, lora
 from animatelcm.nets.layers import FeedForward, GroupNorm, Linear
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import VideoUNet
@@ -82,6 +82,18 @@ def test_group_norm_is_its_formula_and_leaves_its_input(silu) -> None:
         close(result.double(), exact)
         assert result.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_norm_that_keeps_less_is_the_cpus_alone(device, monkeypatch) -> None:
+    """Other devices may refuse the memory order that its bare operation gets."""
+    taken, norm = [], lean.norm_silu
+    monkeypatch.setattr(lean, "norm_silu", lambda *given: (taken.append(given[0].device.type), norm(*given))[1])
+    x = torch.ones(3, 8, 4, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = fused.group_norm(x, 2, torch.ones(8, device=device), torch.zeros(8, device=device), 1e-5, silu=True)
+    assert y.requires_grad
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert taken == ["cpu"] * (device == "cpu")
 
 
 @torch.inference_mode()

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
+from animatelcm.nets import fused
 from animatelcm.nets.layers import Attention, FeedForward, Folded, GroupNorm, TimeEmbedding
 from animatelcm.nets.unet import UNetConfig
 
@@ -58,6 +61,42 @@ def test_a_folded_context_is_attended_to_as_it_would_be(length) -> None:
 
 def test_nothing_is_folded_where_gradients_are_wanted() -> None:
     assert not isinstance(Attention(12, 3, 8).fold(noise(2, 5, 8)), Folded)
+
+
+def spy_on_products(monkeypatch) -> list[int]:
+    """How many channels each product makes."""
+    widths, linear = [], fused.linear
+    monkeypatch.setattr(fused, "linear", lambda x, w, *more: (widths.append(len(w)), linear(x, w, *more))[1])
+    return widths
+
+
+@pytest.mark.parametrize("frozen", [(), ("to_q",), ("to_k", "to_v"), ("to_q", "to_k", "to_v")])
+def test_joined_weights_are_trained_as_they_would_be_apart(frozen, monkeypatch) -> None:
+    joined, x = Attention(12, 3), noise(2, 5, 12).requires_grad_()
+    for name in frozen:
+        getattr(joined, name).requires_grad_(False)
+    apart, widths = copy.deepcopy(joined), spy_on_products(monkeypatch)
+    joined.join()
+    results = []
+    for attention in (joined, apart):
+        widths.clear()
+        wanted = [x, *(p for p in attention.parameters() if p.requires_grad)]
+        y = attention(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+        assert (36 in widths) == (attention is joined and len(frozen) == 3)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_joined_weights_are_one_product_where_nothing_is_trained(monkeypatch) -> None:
+    attention, x, widths = Attention(12, 3), noise(2, 5, 12), spy_on_products(monkeypatch)
+    expected = attention(x)
+    assert widths == [12, 12, 12, 12]
+    widths.clear()
+    attention.join()
+    torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=0)
+    assert widths == [36, 12]
 
 
 def test_heads_must_divide_channels() -> None:

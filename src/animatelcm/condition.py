@@ -195,7 +195,8 @@ def steering(model: VideoModel, request: SampleRequest, condition: Condition) ->
         key = (i, 0 if picture is not None else span.start)
         if key in steady:
             return steady[key]
-        hints = adapter(*(tensor[:1] for tensor in seen), looked_at(i, span))
+        with model.exact():
+            hints = adapter(*(tensor[:1] for tensor in seen), looked_at(i, span))
         if picture is not None or request.shape[0] <= KEPT:
             steady[key] = hints
         return hints
@@ -213,7 +214,8 @@ def steering(model: VideoModel, request: SampleRequest, condition: Condition) ->
             else:
                 clues = _batched_clues([looked_at(i, span) for span in spans])
                 told = len(x) // 2 if guided and adapter.pooled else 0
-                found = adapter(x[told:], t[told:], text[told:], clues.repeated((len(x) - told) // len(spans)))
+                with model.exact():
+                    found = adapter(x[told:], t[told:], text[told:], clues.repeated((len(x) - told) // len(spans)))
                 found = found.behind_nothing() if told else found
             hints = hints.merged(found.times(control.scale) if control.scale != 1 else found)
         return hints

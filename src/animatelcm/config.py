@@ -278,9 +278,7 @@ class TrainConfig:
         if self.data.kind == "emoji-images" and self.trainable == "motion":
             raise ValueError('trainable="motion" needs clips; choose data.kind "emoji-clips" or "folder"')
         if self.data.num_frames == 1 and self.trainable == "motion":
-            raise ValueError(
-                'data.num_frames=1: trainable="motion" needs clips; give as many as the model makes'
-            )
+            raise ValueError('data.num_frames=1: trainable="motion" needs clips; give as many as the model makes')
         if self.objective == "consistency" and self.trainable not in ("lora", "motion", "adapter"):
             raise ValueError(f'objective="consistency" trains "lora", "motion" or "adapter", not {self.trainable!r}')
         if (self.trainable == "adapter") != (self.adapter is not None):

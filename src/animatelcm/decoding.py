@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +34,8 @@ LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 CHUNKS = (16, 4, 1)
-"""Frames that are decoded at a time: the first number, and the next ones where memory does not suffice."""
+"""Frames that are decoded at a time: the first number, and the next ones where memory does not suffice. Devices with a
+memory of their own begin with the second: 16 frames of 512x512 are 8 GiB."""
 BANDS = (4, 16)
 """Bands of a frame after that (``VideoModel.draw``)."""
 SUFFIX = ".latents.safetensors"
@@ -111,13 +112,13 @@ def ahead(items: Iterator[_T]) -> Iterator[_T]:
 
 
 def frames(model: VideoModel, draft: Draft) -> Iterator[np.ndarray]:
-    """uint8 chunks (n, H, W, 3), ``CHUNKS[0]`` frames or as many as memory lets.
+    """uint8 chunks (n, H, W, 3) of as many frames as ``CHUNKS`` and memory let.
 
     On CUDA they are made and copied on a stream of their own, one ahead of that which is used. Raises ValueError that
     names a size that fits, where this one does in no way.
     """
     latents = draft.latents[0].transpose(0, 1).to(model.device)
-    stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+    stream = _stream(model.device) if model.device.type == "cuda" else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(model.device))
     ready: Callable[[], np.ndarray] | None = None
@@ -129,17 +130,24 @@ def frames(model: VideoModel, draft: Draft) -> Iterator[np.ndarray]:
     yield _coloured(ready(), draft)
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all videos: memory that was used on a stream is used again on that stream alone."""
+    return torch.cuda.Stream(device)
+
+
 def _coloured(chunk: np.ndarray, draft: Draft) -> np.ndarray:
     return chunk if draft.picture is None else aligned(chunk, draft.picture, draft.request.colour_match)
 
 
 def _drawn(model: VideoModel, latents: Tensor, stream: torch.cuda.Stream | None) -> Iterator[Callable[[], np.ndarray]]:
     """Chunks of latents (F, C, h, w) as functions that wait for their frames; each rung of the ladder is tried once."""
-    rungs, done = _rungs(latents), 0
+    chunks = CHUNKS[1:] if memory.has_own_memory(model.device) else CHUNKS
+    rungs, done = _rungs(latents, chunks), 0
     chunk, bands = rungs.pop(0)
     with ExitStack() as stack:
         while done < len(latents):
-            part = latents[done : done + chunk].contiguous(memory_format=torch.channels_last)
+            part = latents[done : done + chunk]
             began = memory.attempt(partial(_begun, model, part, bands, stream))
             if began is not None:
                 done += len(part)
@@ -155,7 +163,7 @@ def _drawn(model: VideoModel, latents: Tensor, stream: torch.cuda.Stream | None)
             LOG.warning("%s is out of memory: %d frames at a time, in %d bands", model.device, chunk, bands)
 
 
-def _rungs(latents: Tensor, chunks: tuple[int, ...] = CHUNKS) -> list[tuple[int, int]]:
+def _rungs(latents: Tensor, chunks: tuple[int, ...]) -> list[tuple[int, int]]:
     """(frames at a time, bands of each), the fastest first."""
     count, _, rows, _ = latents.shape
     whole_frames = sorted({min(chunk, count) for chunk in chunks}, reverse=True)
@@ -165,12 +173,14 @@ def _rungs(latents: Tensor, chunks: tuple[int, ...] = CHUNKS) -> list[tuple[int,
 def _begun(
     model: VideoModel, latents: Tensor, bands: int, stream: torch.cuda.Stream | None
 ) -> Callable[[], np.ndarray]:
+    order = torch.channels_last
     with torch.inference_mode():  # not around a yield: the mode must not leak into the caller
         if stream is None:
-            made = model.draw(latents, bands).cpu().numpy()
+            made = model.draw(latents.contiguous(memory_format=order), bands).cpu().numpy()
             return lambda: made
         with torch.cuda.stream(stream):
-            pixels = model.draw(latents, bands)
+            latents.record_stream(stream)  # another stream's memory, not to be used again while this one reads it
+            pixels = model.draw(latents.contiguous(memory_format=order), bands)
             copy = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
             copy.copy_(pixels, non_blocking=True)
             copied = torch.cuda.Event()

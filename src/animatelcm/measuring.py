@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from animatelcm.evaluate.report import Kind, Split, Steer
 from animatelcm.model_source import Compile, ModelSource, Precision
@@ -101,6 +101,9 @@ class Bench:
     """Height and width in pixels. Default: 64, or 512 for sd15-random."""
     batch: int = 1
     """Clips of one prompt."""
+    steer: UseAppendAction[tuple[str, ...]] = ()
+    """An adapter (i2v, edge; of sd15-random pose too): in place of diffusers, what it costs beside text alone is
+    measured. More than one may be given."""
     rounds: int = 9
     """Times that each is run, in turn with the others."""
     compiled: bool = False
@@ -123,8 +126,10 @@ class Bench:
 
         device = best_device() if self.device == "auto" else self.device
         size = self.size or (64 if self.model == "emoji" else 512)
-        case = inference.Case(steps=self.steps, guidance=self.guidance, frames=self.frames, size=size, batch=self.batch)
-        model = inference.subject(self.model, device, best_dtype(self.precision, device))
+        asked = {name: getattr(self, name) for name in ("steps", "guidance", "frames", "batch", "steer")}
+        case = inference.Case(size=size, **asked)
+        dtype = best_dtype(self.precision, device)
+        model = inference.subject(self.model, device, dtype, adapters=bool(self.steer))
         model.compile = self.compile
         report = inference.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
         say(json.dumps(report) if self.json else inference.table(report))
@@ -139,6 +144,8 @@ class Reproduce:
     stopped."""
     quick: bool = False
     """Sizes that show that everything runs; figures mean nothing then, and are marked so."""
+    clips: int | None = None
+    """Generated for each row. Default: 64, or 8 where it is quick."""
     device: str = "auto"
     """cpu, cuda, or auto: the fastest here."""
 
@@ -150,6 +157,7 @@ class Reproduce:
         from animatelcm.reproduce.study import QUICK, Sizes, Study
 
         sizes, progress = QUICK if self.quick else Sizes(), partial(bars, quiet=False)
+        sizes = replace(sizes, clips=self.clips or sizes.clips)
         with told(quiet=False):
             page = reproduce(Study(out=at_home(self.out), sizes=sizes, device=self.device, bars=progress))
         say(f"{page}; animatelcm report {self.out} makes it a page to look at")

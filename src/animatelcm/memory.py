@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from animatelcm.assembly import load_sum
 from animatelcm.model import VideoModel
 from animatelcm.model_source import ModelSource, Offload, Precision
+from animatelcm.nets import graphs
+from animatelcm.nets.unet import VideoUNet
 from animatelcm.request import SampleRequest
 
 LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 ENCODED = (16, 4, 1)
-"""Frames that are encoded at a time: the first number, and the next ones where memory does not suffice."""
+"""Frames that are encoded at a time: the first number, and the next ones where memory does not suffice. Devices with a
+memory of their own begin with the second."""
 UNET_SHARE = 27
 """Numbers that the UNet holds at its peak, for each of its first layer's channels in each latent cell of each frame:
 counted of Stable Diffusion 1.5's with AnimateDiff's temporal layers, every attention in one operation."""
@@ -78,6 +81,7 @@ def take_turns(model: VideoModel, device: torch.device) -> Callable[[], None]:
         while here:
             _move(here.pop(), "cpu")
 
+    model.forget_graphs()  # they read weights where these lie now
     for group in groups:
         _move(group, "cpu")
     # Its parts too: an autoencoder's ``decode`` and a UNet's ``remember`` ask them, not the whole.
@@ -129,27 +133,35 @@ def _networks(model: VideoModel) -> list[nn.Module]:
 
 
 def _move(networks: list[nn.Module], device: str | torch.device) -> None:
-    """In place. Weights that were moved in inference mode could never be trained again."""
+    """In place. Weights that were moved in inference mode could never be trained again; those that lay beside each
+    other on a GPU have come apart."""
     with torch.inference_mode(False), torch.no_grad():
         for network in networks:
             network.to(device)
+            if torch.device(device).type == "cuda" and isinstance(network, VideoUNet):
+                network.join_projections()
     torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 def attempt(call: Callable[[], _T]) -> _T | None:
-    """What a call returns; None where memory did not suffice for it, and what it had begun is freed."""
-    try:
-        return call()
-    except (RuntimeError, MemoryError) as error:
-        if not _of_memory(error):
-            raise
-    torch.cuda.empty_cache()  # out here, since the error held on to all that its call had made
+    """What a call returns; None where memory did not suffice for it, and what it had begun is freed. Where CUDA graphs
+    held some, they are dropped, and it is called again."""
+    for _ in range(2):
+        try:
+            return call()
+        except (RuntimeError, MemoryError) as error:
+            if not _of_memory(error):
+                raise
+        held = graphs.forget_all()  # out here, since the error held on to all that its call had made
+        torch.cuda.empty_cache()
+        if not held:
+            break
     return None
 
 
 def _of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; of other devices only the words tell."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    """CUDA has a class for it; of its libraries and of other devices only the words tell."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "allocation_failed")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error).lower() for w in words)
 
 
@@ -158,7 +170,7 @@ def encoded(model: VideoModel, pixels: Tensor) -> Tensor:
 
     Raises ValueError where it suffices in no way.
     """
-    for chunk in ENCODED:
+    for chunk in ENCODED[has_own_memory(model.device) :]:
         made = attempt(partial(model.encode, pixels, chunk))
         if made is not None:
             return made
@@ -178,21 +190,42 @@ def encoded(model: VideoModel, pixels: Tensor) -> Tensor:
 
 
 def is_short(model: VideoModel, request: SampleRequest) -> bool:
-    """Whether a device's free memory is less than what is ``needed`` for one video of a resolved request."""
-    return can_offload(model) and free_memory(model.device) < needed(model, request)
+    """Whether a device's free memory is less than what is ``needed`` for one video of a resolved request; CUDA graphs
+    are dropped before it is."""
+    return can_offload(model) and _room(model, request, 1) < 1
 
 
 def at_a_time(model: VideoModel, request: SampleRequest) -> int:
-    """How many of a resolved request's videos a device's free memory holds at a time, by estimate; one at least."""
-    if request.num_videos_per_prompt == 1 or not can_offload(model):
-        return request.num_videos_per_prompt
-    return max(1, min(request.num_videos_per_prompt, free_memory(model.device) // needed(model, request)))
+    """How many of a resolved request's videos a device's free memory holds at a time, by estimate; one at least. CUDA
+    graphs are dropped before that is fewer than asked for."""
+    asked = request.num_videos_per_prompt
+    if asked == 1 or not can_offload(model):
+        return asked
+    return max(1, min(asked, _room(model, request, asked)))
+
+
+def _room(model: VideoModel, request: SampleRequest, wanted: int) -> int:
+    """How many of a resolved request's videos free memory holds, where fewer than wanted: without what was recorded for
+    others, so that a request is made the same way whatever came before it."""
+    each, free = needed(model, request), free_memory(model.device)
+    if free < wanted * each and graphs.forget_all():
+        free = free_memory(model.device)
+    return free // each
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of CUDA's that no one uses, those kept for reuse by this process included."""
+    """Bytes of CUDA's that no one uses, those kept for reuse by this process included, but not those of CUDA graphs."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    return torch.cuda.mem_get_info(device)[0] + kept - _kept_by_graphs(device)
+
+
+def _kept_by_graphs(device: torch.device) -> int:
+    """Bytes that are kept for reuse by replays alone: those of private pools."""
+    if torch.cuda.get_allocator_backend() != "native":  # the other one does not tell
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    private = [part for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0)]
+    return sum(part["total_size"] - part["allocated_size"] for part in private if part["device"] == index)
 
 
 def needed(model: VideoModel, request: SampleRequest) -> int:

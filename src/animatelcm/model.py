@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ class VideoModel:
 
     def to(self, device: torch.device | str) -> VideoModel:
         """Move every network, in place; convolutions keep channels last."""
+        self.forget_graphs()
         for network in self.networks.values():
             network.to(device=device, memory_format=torch.channels_last)
         if self.device.type == "cuda":
@@ -118,9 +120,28 @@ class VideoModel:
             if id(network) not in self._compiled:
                 self._compiled = {id(network): torch.compile(network)}
             network = self._compiled[id(network)]
-        if self.compile == "none" or self.runs_on is not None or x.device.type != "cuda":
-            return network(x, t, text, **options)
-        return self._graphs(network, x, t, text, **options)
+        with self.exact():
+            if self.compile == "none" or self.runs_on is not None or x.device.type != "cuda":
+                return network(x, t, text, **options)
+            return self._graphs(network, x, t, text, **options)
+
+    def forget_graphs(self) -> None:
+        """Drop the evaluations that were recorded on the device, and free their memory."""
+        self._graphs.forget()
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Where networks compute in float32 on CUDA, convolutions do so too meanwhile: left to itself, torch lets them
+        round what they multiply to 10 bits (TF32)."""
+        if self.unet.dtype != torch.float32 or self.device.type != "cuda":
+            yield
+            return
+        convolutions = torch.backends.cudnn.conv
+        before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            convolutions.fp32_precision = before
 
     def modules(self) -> list[str]:
         """Paths of the modules that have a weight, as LoRA files address them: ``unet.down_blocks.0...``."""
@@ -180,7 +201,8 @@ class VideoModel:
         ``chunk`` frames go through the autoencoder at a time.
         """
         flat, frames = _fold(pixels)
-        parts = [self.vae.encode(p.to(self.device, self.vae.dtype)).mean for p in flat.split(chunk)]
+        with self.exact():
+            parts = [self.vae.encode(p.to(self.device, self.vae.dtype)).mean for p in flat.split(chunk)]
         return _unfold(torch.cat(parts).float() * self.vae.config.scaling_factor, frames)
 
     def decode(self, latents: Tensor, chunk: int = 16, bands: int = 1) -> np.ndarray:
@@ -196,10 +218,11 @@ class VideoModel:
         """
         network = self.vae if self.decoder is None else self.decoder
         scaled = (latents / network.config.scaling_factor).to(network.dtype)
-        if bands > 1:
-            pixels = decode_in_bands(network, scaled, bands)
-        else:
-            pixels = self.vae.decode(scaled) if self.decoder is None else self.decoder.decode(scaled).sample
+        with self.exact():
+            if bands > 1:
+                pixels = decode_in_bands(network, scaled, bands)
+            else:
+                pixels = self.vae.decode(scaled) if self.decoder is None else self.decoder.decode(scaled).sample
         pixels = pixels.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).contiguous()
 

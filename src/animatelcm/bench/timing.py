@@ -8,7 +8,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 Call = Callable[[], object]
 
@@ -69,24 +72,40 @@ def _timing(first: float, ordered: list[float]) -> Timing:
     return Timing(first, statistics.median(ordered), p95, ordered[0], len(ordered))
 
 
-def peak_memory(call: Call) -> int:
-    """Bytes of tensors alive at once at most while ``call`` runs, beyond those that were alive before.
+class Memory(NamedTuple):
+    """Bytes at once at most while a call ran, beyond the tensors that were alive before."""
 
-    Counted by torch's allocators: on the GPU where there is one, on the CPU otherwise. What was loaded before the call
-    does not count, nor what the driver and libraries take by themselves. On the CPU the count is exact and the same
-    each time; the call runs under torch's profiler for it, slowly.
+    tensors: int
+    """Of tensors alive."""
+    held: int
+    """Of torch's allocator, with blocks that it keeps for reuse and CUDA graphs' own; on the CPU those of tensors."""
+
+
+def memory_of(call: Call, device: torch.device | str | None = None) -> Memory:
+    """What ``call`` takes of a device's memory; None: the GPU's where there is one, else the CPU's.
+
+    Counted by torch's allocators. What was loaded before the call does not count, nor what the driver and libraries
+    take by themselves. On the CPU the count is exact and the same each time; the call runs under torch's profiler for
+    it, slowly, and what it does in other threads is not seen.
     """
     import torch
 
     gc.collect()
-    if not torch.cuda.is_available():
-        return _cpu_peak(call)
+    if not (torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"):
+        peak = _cpu_peak(call)
+        return Memory(peak, peak)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # or what is kept from earlier calls would be held by this one
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - before)
+
+
+def peak_memory(call: Call) -> int:
+    """Of tensors alone, where they would be by themselves (``memory_of``)."""
+    return memory_of(call).tensors
 
 
 def _cpu_peak(call: Call) -> int:

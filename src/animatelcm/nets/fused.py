@@ -128,7 +128,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     """GroupNorm of channels-last images (N, C, h, w), and SiLU behind it where asked -> the same order."""
     if kernels.usable(x):
         return kernels.group_norm_silu(x, weight, bias, groups, eps, silu=silu)
-    if silu and lean.usable() and not lean.casts(x):
+    if silu and x.device.type == "cpu" and lean.usable() and not lean.casts(x):
         return lean.norm_silu(x, groups, weight, bias, eps)
     y = F.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=torch.channels_last)
     return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y

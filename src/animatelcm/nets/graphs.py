@@ -1,17 +1,21 @@
-"""A network's evaluations as CUDA graphs: recorded once a shape, then replayed without a launch from Python."""
+"""A network's evaluations as CUDA graphs: recorded where a shape comes again, then replayed without a launch from
+Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""A call -> what repeats it, and the tensor that its result is in then."""
+"""A call, which was made before -> what repeats it, and the tensor that its result is in then."""
 MOST = 8
-"""Graphs that are kept; each holds the memory of one evaluation."""
+"""Kinds of calls that are known at a time."""
+_LIVE: WeakSet[Graphs] = WeakSet()
 
 
 class _Recorded(NamedTuple):
@@ -20,52 +24,96 @@ class _Recorded(NamedTuple):
     result: Tensor
 
 
-def on_device(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record a call of the current CUDA device, after the runs on another stream that torch asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
+class OnDevice:
+    """Records calls of the current CUDA device. Its graphs share their memory: no two of them run at a time, and what
+    one leaves there is taken away before the next."""
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in self._graphs), None)  # one whose graphs are all gone is gone too
+        with torch.cuda.graph(graph, pool=pool, stream=_stream(torch.cuda.current_device())):
+            result = call()
+        self._graphs.add(graph)
+        return graph.replay, result
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """What graphs of a device are recorded on: memory of a pool is used again on the same stream alone."""
+    return torch.cuda.Stream(device)
 
 
 class Graphs:
     """Calls a network as it would be called, and returns what it would return.
 
     Tensors among the arguments, also within lists, tuples and dictionaries, may hold other values at each call: they
-    are copied to where the graph reads them. Everything else chooses the graph: shapes, flags, where the weights lie.
+    are copied to where the graph reads them. Everything else chooses the graph: shapes and flags. The first call of a
+    kind is the network's own, the second too, and is recorded after it; from the third on it is replayed. Weights may
+    change in place; where they have moved, all graphs are dropped.
     """
 
-    def __init__(self, record: Recorder = on_device) -> None:
-        self._record = record
-        self._recorded: dict[Hashable, _Recorded] = {}
+    def __init__(self, record: Recorder | None = None) -> None:
+        self._record = OnDevice() if record is None else record
+        self._places: list[int] = []
+        self._known: dict[Hashable, _Recorded | None] = {}
+        _LIVE.add(self)
 
     def __len__(self) -> int:
-        return len(self._recorded)
+        """Kinds of calls that are known, recorded or not yet."""
+        return len(self._known)
 
-    def __call__(self, network: nn.Module, *arguments: object, **options: object) -> Tensor:
-        given = (arguments, options)
-        tensors = list(_tensors(given))
-        key = (_places(network), _outline(given))
-        if key not in self._recorded:
-            self._recorded[key] = self._made(network, given)
-            if len(self._recorded) > MOST:
-                del self._recorded[next(iter(self._recorded))]
-        made = self._recorded[key]
-        torch._foreach_copy_(made.inputs, tensors)
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        """A copy of a model has other weights: it begins without graphs."""
+        return Graphs, ()
+
+    def __call__(self, network: nn.Module, x: Tensor, *arguments: object, **options: object) -> Tensor:
+        places, given = _places(network), ((x, *arguments), options)
+        if places != self._places:
+            self.forget()
+            self._places = places
+        key = _outline(given)
+        if key not in self._known:
+            self._known[key] = None
+            if len(self._known) > MOST:
+                del self._known[next(iter(self._known))]
+            return network(x, *arguments, **options)
+        made = self._known[key]
+        if made is None:
+            self._known[key], result = self._made(network, given)
+            return result
+        torch._foreach_copy_(made.inputs, list(_tensors(given)))
         made.replay()
         return made.result.clone()
 
-    def _made(self, network: nn.Module, given: tuple[tuple[object, ...], dict[str, object]]) -> _Recorded:
+    def forget(self) -> bool:
+        """Drop all graphs and free their memory; whether there was one."""
+        held = any(made is not None for made in self._known.values())
+        self._known.clear()
+        if held:
+            torch.cuda.empty_cache()
+        return held
+
+    def _made(self, network: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[_Recorded, Tensor]:
+        """A graph of a call, and what the call returned. It is made on the tensors that the graph will read, so that
+        nothing is used in a recording for the first time."""
         held = [tensor.clone() for tensor in _tensors(given)]
         arguments, options = _with(given, iter(held))
-        replay, result = self._record(lambda: network(*arguments, **options))
-        return _Recorded(held, replay, result)
+
+        def call() -> Tensor:
+            return network(*arguments, **options)
+
+        with torch.cuda.device_of(held[0]):
+            result = call()
+            return _Recorded(held, *self._record(call)), result
+
+
+def forget_all() -> bool:
+    """Drop the graphs of every model and free their memory; whether there was one."""
+    held = [graphs.forget() for graphs in _LIVE]
+    return any(held)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -99,5 +147,11 @@ def _outline(value: object) -> Hashable:
     return value
 
 
-def _places(network: nn.Module) -> int:
-    return hash(tuple(value.data_ptr() for value in (*network.parameters(), *network.buffers())))
+def _places(network: nn.Module) -> list[int]:
+    """Where a network's weights lie. It is asked at each call: ``network.parameters()`` takes six times as long."""
+    modules, held = [network], []
+    for module in modules:  # it grows meanwhile
+        held += module._parameters.values()
+        held += module._buffers.values()
+        modules += [part for part in module._modules.values() if part is not None]
+    return [tensor.data_ptr() for tensor in held if tensor is not None]

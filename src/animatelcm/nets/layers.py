@@ -110,11 +110,14 @@ class Attention(nn.Module):
                 layer.weight.data = part
 
     def _joined(self) -> Tensor | None:
-        """The three weights as one (3 C, C), a view, where they lie beside each other."""
+        """The three weights as one (3 C, C), a view of the queries', where they lie beside each other and none of them
+        is trained: gradients would all be the queries'."""
         layers = (self.to_q, self.to_k, self.to_v)
         if torch.compiler.is_compiling() or any(type(layer) is not Linear for layer in layers):
             return None
         q, k, v = (layer.weight for layer in layers)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return None
         start, size = q.storage_offset(), q.numel()
         if (k.storage_offset(), v.storage_offset()) != (start + size, start + 2 * size):
             return None

@@ -36,8 +36,8 @@ def gated_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm of channels-last images (N, C, h, w) with SiLU behind it. Keeps x and its statistics; plainly, what is
-    between too."""
+    """GroupNorm of channels-last images (N, C, h, w) with SiLU behind it, on CPUs: CUDA's bare operation refuses their
+    order. Keeps x and its statistics; plainly, what is between too."""
     return _NormSilu.apply(x, weight, bias, groups, eps)
 
 
