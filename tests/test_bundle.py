@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from animatelcm.bundle import load
-from animatelcm.hub import find
+from animatelcm.hub import ASSETS, find
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import initial_noise, sample_steps
 from animatelcm.saving import save
@@ -143,3 +143,11 @@ def test_an_image_model_gains_motion_without_changing(fresh_model):
     with torch.inference_mode():
         per_frame = torch.cat([image.unet(x[:, :, f : f + 1], t, text) for f in range(3)], dim=2)
         assert torch.allclose(video.unet(x, t, text), per_frame, atol=1e-5)
+
+
+def test_the_shipped_model_is_small():
+    """40 MB for base, acceleration, both kinds of temporal layers and a style; 48 with its adapters."""
+    folder = ASSETS / "emoji" / "model"
+    sizes = {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) < 48e6
+    assert sum(size for path, size in sizes.items() if path.parts[0] != "adapters") < 40e6

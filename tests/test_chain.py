@@ -8,9 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from animatelcm import objectives, recipes
+from animatelcm import objectives, recipes, training
 from animatelcm.assembly import load_sum
 from animatelcm.bundle import load
 from animatelcm.config import TrainConfig
@@ -77,6 +78,32 @@ def test_a_fresh_student_of_stage_two_draws_the_images_of_stage_one(chain):
     with torch.no_grad():
         ours, theirs = (model.unet(x, t, text, motion=False) for model in (second, first))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [recipes.image_lcm_emoji, recipes.video_lcm_emoji], ids=["stage 1", "stage 2"])
+def test_no_role_average_or_moment_is_a_second_copy_of_spatial_weights(recipe, chain):
+    """Everything that a step of distillation holds beside the network is of what trains, of the teacher's temporal
+    layers, or of the batch."""
+    folder = chain["style_lora_emoji" if recipe is recipes.image_lcm_emoji else "image_lcm_emoji"]
+    config = _small(recipe, folder / "model", folder.parent)
+    model = starting_model(config)
+    state = training._fresh_state(config, model)
+    roles = consistency_roles(
+        model.unet,
+        config.consistency,
+        step=1,
+        average={name.removeprefix("unet."): value for name, value in state.target.shadows.items()},
+        teacher_motion=model.teacher_motion,
+    )
+    views = [role for role in (roles.student, roles.target, roles.teacher) if role is not None]
+    assert all(view.network is model.unet for view in views)
+    held = {name for view in views for name in view.overrides} | {*state.target.shadows, *state.ema.shadows}
+    held |= {*model.teacher_motion, *state.parameters}
+    spatial = [name for name in held if "motion_modules" not in name and "lora_" not in name]
+    assert held
+    assert spatial == []
+    trained = {id(parameter) for parameter in state.parameters.values()}
+    assert {id(p) for group in state.optimizer.param_groups for p in group["params"]} == trained
 
 
 def test_training_is_the_objective_an_optimiser_and_two_averages(chain):
@@ -148,6 +175,17 @@ def test_a_lora_is_a_file_of_its_own_too(chain):
     )
     ours, theirs = named.unet.state_dict(), filed.unet.state_dict()
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in ours)  # the file is float16
+    with safe_open(file, "pt") as opened:  # kohya's names, and what ModelSpec asks for
+        keys, said = set(opened.keys()), opened.metadata()
+        layers_of = {key.removesuffix(".alpha") for key in keys if key.endswith(".alpha")}
+        assert all(key.startswith(("lora_unet_", "lora_te_")) for key in keys)
+        assert keys == {
+            f"{layer}.{end}" for layer in layers_of for end in ("alpha", "lora_down.weight", "lora_up.weight")
+        }
+        config = recipes.style_lora_emoji().lora
+        assert {float(opened.get_tensor(f"{layer}.alpha")) for layer in layers_of} == {config.alpha}
+    assert said["modelspec.title"] == "twemoji"
+    assert {"modelspec.sai_model_spec", "modelspec.architecture", "modelspec.date"} <= said.keys()
 
 
 def test_a_distillation_resumes_bit_for_bit(chain):

@@ -367,3 +367,28 @@ def test_pixels_that_cannot_be_are_a_sentence(model, given, named):
 def test_an_unknown_keyword_is_still_an_error(model):
     with pytest.raises(TypeError, match="picture"):
         Pipeline(model)("a fox", picture=clip()[0])
+
+
+def test_adapters_of_all_kinds_are_the_same_in_half_precision_and_at_odd_sizes(fresh_model):
+    """Guided, in windows, all at once, against float64: what bfloat16 rounds is a share of what they add."""
+    (x, t, _), text = _inputs(2), torch.randn(4, 32, 128, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(4, 16, 4, 9, 13, generator=torch.Generator().manual_seed(1))  # two windows, of each guidance's half
+    t = t[:1].expand(4)
+    frames = clip(6, 72, 104)
+    steers = Condition(image=frames[0], controls=(Control("edge", frames, 0.7), Control("pose", frames)))
+    request = asked(num_frames=6, height=72, width=104, guidance_scale=2.0, sampler="ddim")
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = copy.deepcopy(beside(fresh_model))
+        for network in model.networks.values():
+            network.to(dtype)
+        with torch.inference_mode():
+            steer = steering(model, request, steers)
+            words = text.to(dtype)
+            hints = steer(x.to(dtype), t, words, 0.0, 1.0, [range(4), range(2, 6)]).arguments(words)
+            plain = model.unet(x.to(dtype), t, words).double()
+            found[dtype] = model.unet(x.to(dtype), t, **hints).double(), plain
+    (exact, without), (half, _) = found.values()
+    added = (exact - without).std()
+    assert added > 0.05 * without.std()
+    assert (half - exact).std() < 0.1 * added

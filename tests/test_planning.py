@@ -120,6 +120,12 @@ def test_memory_of_weights_by_hand():
     assert both.weights_gib * GIB == pytest.approx(4 * (both.parameters + 5 * both.trainable + motion))
 
 
+def test_adapters_without_a_teacher_take_less_memory_than_stage_2_as_their_recipes_are():
+    most = plan(recipes.video_lcm_emoji()).memory_gib_at_least
+    for recipe in (recipes.i2v_emoji, recipes.t2i_adapter_lora_emoji, recipes.controlnet_lora_emoji):
+        assert plan(recipe()).memory_gib_at_least < most, recipe.__name__
+
+
 @pytest.mark.parametrize(
     ("adapter", "temporal"),
     [(recipes.i2v_emoji, recipes.video_lcm_emoji), (recipes.i2v_sd15, recipes.video_lcm_sd15)],
