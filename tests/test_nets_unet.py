@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
+from torch._dynamo.testing import CompileCounter
 
 from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.unet import FIXED, UNetConfig, VideoUNet
@@ -230,6 +231,20 @@ def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     close(compiled(x, t, text, skip_residuals=skips), unet(x, t, text, skip_residuals=skips))
+
+
+@torch.no_grad()
+def test_all_timesteps_are_one_graph_with_what_is_remembered_of_them() -> None:
+    """As ``compile="full"`` samples."""
+    unet, (x, _, text) = acting(TWO), inputs(3)
+    times = torch.tensor([999, 499, 3])
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)
+    for t, remembered in zip(times, unet.remember(times, text[:1]), strict=True):
+        given = x[:1], t[None], text[:1]
+        close(compiled(*given, remembered=remembered), unet(*given))
+    assert counter.frame_count == 1
 
 
 def test_trains_as_one_graph_with_checkpointing() -> None:
