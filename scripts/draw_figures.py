@@ -7,17 +7,18 @@
 * ``sum.png``: style from left to right (alpha), image acceleration from top to bottom (beta), one seed.
 * ``race.webp``: teacher (top) and distilled model (bottom), each with as many steps as fit in the same time
   (AnimateLCM-2, figure 2).
-* ``teacher-free-bias.png``: how far one sample of the score leads from the exact earlier point (docs/math.md), by the
-  formula and measured; it needs no model: ``--only teacher-free-bias``.
+* ``teacher-free-bias.png``: how far one sample of the score leads from the exact earlier point (docs/math.md), and the
+  mean of many, by the formula and measured; it needs no model: ``--only teacher-free-bias``.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +51,10 @@ SPREADS = (1.0, 0.2)
 DOTS = 5
 """Timesteps of each grid at which the deviation is measured too, from the first to the last."""
 SAMPLES = 100_000
+COUNTS = tuple(4**i for i in range(8))
+"""Samples of the score at one x_t, whose mean is held against the exact one."""
+PLACES = 400
+"""So many x_t for that."""
 INKS = ("#fdae6b", "#f16913", "#a63603", "#6a51a3", "#08306b")
 Figure = Literal["steps", "race", "sum", "teacher-free-bias"]
 
@@ -143,26 +148,77 @@ def teacher_free_figure(schedule: NoiseSchedule) -> tuple[np.ndarray, float]:
             away = max(away, float((found / values[some] - 1).abs().max()))
             lines.append((t.numpy(), values.numpy()))
             dots.append((t[some].numpy(), found.numpy()))
-        panels.append(_plot(lines, dots, f"one sample's deviation, data of standard deviation {spread:g}"))
+        panels.append(_plot(lines, dots, f"one sample's deviation, data of standard deviation {spread:g}", OVER_T))
+    lines, dots = zip(*(averaged(schedule, n) for n in GRIDS), strict=True)
+    panels.append(_plot(lines, dots, f"mean of samples at one x_t, t near 500, the same of {SPREADS[0]:g}", OVER_COUNT))
     return np.concatenate(panels, axis=1), away
 
 
-def _plot(lines: list[Curve], dots: list[Curve], title: str, top: float = 0.35) -> np.ndarray:
-    """Over t = 0..1000 and 0..top, labelled by their N: uint8 (340, 480, 3), drawn twice as large."""
+def averaged(schedule: NoiseSchedule, n: int) -> tuple[Curve, Curve]:
+    """How far the mean of COUNTS samples of x_s is from the exact one, root mean square over PLACES, and over how many:
+    base-10 logarithms, by the formula (one sample's over the square root of their number) and measured."""
+    t, s = (times[n // 2 : n // 2 + 1] for times in DDIMSolver(schedule, n).times(torch.arange(n)))
+    source, spread = generator(0, 0, 0, "averages"), SPREADS[0]
+    at_t, at_s = schedule.level(t), schedule.level(s)
+    alpha, sigma = (float(part) for part in at_t)
+    variance = alpha**2 * spread**2 + sigma**2
+    x_t = variance**0.5 * torch.randn(1, PLACES, generator=source)
+    best = alpha * spread**2 / variance * x_t  # E[x_0 | x_t]
+    x_0 = best + spread * sigma / variance**0.5 * torch.randn(COUNTS[-1], PLACES, generator=source)
+    x_s = renoise(x_0, (x_t - alpha * x_0) / sigma, s.expand(COUNTS[-1]), schedule)
+    exact = ddim_step(x_t, to_eps(x_t, best, at_t), at_t, at_s)
+    found = [float((x_s[:count].mean(0) - exact).square().mean().sqrt()) for count in COUNTS]
+    counts = np.log10(COUNTS)
+    line = np.log10(float(deviation(schedule, t, s, spread))) - counts / 2
+    return (counts, line), (counts, np.log10(found))
+
+
+class Axes(NamedTuple):
+    """What a panel spans; ticks are (value, label)."""
+
+    right: float
+    low: float
+    high: float
+    x_label: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+
+
+OVER_T = Axes(
+    1000,
+    0,
+    0.35,
+    "timestep t",
+    tuple((t, str(t)) for t in range(0, 1001, 250)),
+    tuple((i / 10, f"0.{i}") for i in range(4)),
+)
+OVER_COUNT = Axes(
+    float(np.log10(COUNTS[-1])),
+    -4.2,
+    0.6,
+    "samples",
+    tuple((float(np.log10(count)), f"{count:,}") for count in COUNTS[::2]),
+    tuple((float(-i), f"{10.0**-i:g}") for i in range(5)),
+)
+
+
+def _plot(lines: Sequence[Curve], dots: Sequence[Curve], title: str, axes: Axes) -> np.ndarray:
+    """Curves labelled by their N: uint8 (340, 480, 3), drawn twice as large."""
     width, height, left, low, right, high = 960, 680, 110, 590, 930, 80
     sheet = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=26)
 
-    def place(t: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * t / 1000, low - (low - high) * value / top
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = x / axes.right, (y - axes.low) / (axes.high - axes.low)
+        return left + (right - left) * across, low - (low - high) * up
 
     draw.text((left, 24), title, "black", font)
-    for value in np.arange(0, top + 0.01, 0.1):
-        draw.line([place(0, value), place(1000, value)], "#dddddd", 2)
-        draw.text((left - 14, place(0, value)[1]), f"{value:.1f}", "black", font, anchor="rm")
-    for t in range(0, 1001, 250):
-        draw.text((place(t, 0)[0], low + 14), str(t), "black", font, anchor="mt")
-    draw.text(((left + right) / 2, height - 14), "timestep t", "black", font, anchor="mb")
+    for value, label in axes.y_ticks:
+        draw.line([place(0, value), place(axes.right, value)], "#dddddd", 2)
+        draw.text((left - 14, place(0, value)[1]), label, "black", font, anchor="rm")
+    for value, label in axes.x_ticks:
+        draw.text((place(value, axes.low)[0], low + 14), label, "black", font, anchor="mt")
+    draw.text(((left + right) / 2, height - 14), axes.x_label, "black", font, anchor="mb")
     for i, (n, ink, line, measurements) in enumerate(zip(GRIDS, INKS, lines, dots, strict=True)):
         draw.line([place(*point) for point in zip(*map(np.ndarray.tolist, line), strict=True)], ink, 5, joint="curve")
         y = high + 20 + 38 * i
