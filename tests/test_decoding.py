@@ -330,13 +330,14 @@ def test_errors_that_are_no_users_stay_what_they_are(fresh_model, tmp_path):
     assert "frames.latents.safetensors" in caught.value.__notes__[0]
 
 
-def test_a_full_disk_keeps_the_first_error(fresh_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("CUDA error: an illegal memory access")])
+def test_a_full_disk_or_a_failed_device_keeps_the_first_error(fresh_model, tmp_path, monkeypatch, error):
     def full(*_):
-        raise OSError("no space left")
+        raise error
 
     monkeypatch.setattr(decoding, "save", full)
     with (
-        pytest.raises(ValueError, match=r"the first; its latents could not be kept either \(no space left\)"),
+        pytest.raises(ValueError, match=rf"the first; its latents could not be kept either \({error}\)"),
         decoding.rescued(draft(fresh_model, 1), tmp_path / "a.mp4", SOURCE),
     ):
         raise OSError("the first")

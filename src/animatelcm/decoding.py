@@ -220,7 +220,7 @@ def rescued(draft: Draft, path: Path, source: ModelSource) -> Iterator[None]:
             save(draft, kept)
             words = ["animatelcm", "decode", str(kept), *source.words(), "--out", str(path)]
             how = f"its latents are in {kept}; this goes on from there: {shlex.join(words)}"
-        except OSError as other:
+        except (OSError, RuntimeError) as other:  # a device that failed may not give them back
             how = f"its latents could not be kept either ({other})"
         if isinstance(error, ValueError | OSError):
             raise ValueError(f"{error}; {how}") from error
