@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure of docs/performance.md that needs a GPU, in parts that are planned to take less than ten minutes each (an H200; not run yet):
+# Every figure of docs/performance.md that needs a GPU, in parts that are planned to take less than ten minutes each (on a data-centre GPU; not run yet):
 #   runs/bench_gpu.sh [bars|full|sweep|compiled|train|scale|steer|tests]...      without a name all of them, in this order
 # What lies in $OUT is not made again: a part that was stopped goes on with what it lacks. sweep and compiled begin no case after $MINUTES (6;
 # all parts together: no limit), so call them until they say that none is left. A part that fails does not keep the others from running.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The chain at the size of one GPU: the shipped autoencoder, ten to fifteen times the pictures and clips of the recipes for base and
+# The chain at the size of one GPU: the shipped autoencoder, nine to fifteen times the pictures and clips of the recipes for base and
 # teacher; distillation has their steps, in batches eight times as large (docs/log.md: more steps did not help).
 #   runs/emoji_gpu.sh [STAGE...] [--flag value...]     stages: base_emoji teacher_emoji style_lora_emoji image_lcm_emoji video_lcm_emoji
 # Without a stage all of them, in this order; flags go to each. --dry-run prints a stage's config and costs. Not run yet: no figure in docs/
 # is from it.
-# Each stage resumes where it stopped: run the same line again. On a machine that is lent for minutes name one stage, and end it with a
+# Each stage resumes where it stopped: run the same line again. Where a GPU is there for minutes only, name one stage, and end it with a
 # checkpoint: timeout -s INT 540 runs/emoji_gpu.sh base_emoji (or --stop-after STEP). To go on elsewhere copy $OUT/STAGE/checkpoints (the newest
 # step-* is enough) and the model/ of the stage before to the same places there, and run the same line; after a stage's end its model/ is all
 # that the next one needs. $OUT (runs/out) has to be the same words again: a run remembers what it began from. $OUT/cache is made anew.

@@ -43,7 +43,7 @@ class Sizes:
     """Stage 1 of the ablations, 32 pictures each."""
     video_steps: int = 120
     """Stage 2 of the ablations, 4 clips each."""
-    adapter_steps: int = 180
+    adapter_steps: int = 120
     """A LoRA of an adapter without a teacher, 4 clips each."""
     rounds: int = 5
     """Of timings."""
