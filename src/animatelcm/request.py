@@ -256,11 +256,11 @@ def unused(
         for name, (idle, why) in said.items()
         if idle and getattr(request, name) != getattr(plain, name)
     ]
-    steps = _steps_walked(request, begun=video)
+    steps = steps_walked(request, begun=video)
     return settings + [_idle(part, steps) for part in steers if _is_idle(part, steps)]
 
 
-def _steps_walked(request: SampleRequest, *, begun: bool) -> int:
+def steps_walked(request: SampleRequest, *, begun: bool) -> int:
     """Of a sampler of many steps, those before the noise of a video that it begins from are left out."""
     assert request.num_inference_steps is not None
     steps = request.num_inference_steps

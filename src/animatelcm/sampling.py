@@ -22,7 +22,7 @@ from animatelcm.decoding import Draft
 from animatelcm.model import VideoModel
 from animatelcm.model_source import Offload
 from animatelcm.provenance import Video
-from animatelcm.request import SampleRequest, unused
+from animatelcm.request import SampleRequest, steps_walked, unused
 from animatelcm.rng import generator
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.solver import ddim_step, guided
@@ -217,7 +217,7 @@ def _timesteps(schedule: NoiseSchedule, request: SampleRequest, *, begun: bool) 
         times = _dpm_scheduler(schedule, request).timesteps.tolist()
     else:
         times = schedule.ddim_timesteps(steps, request.spacing).tolist()
-    return times[-max(1, int(steps * request.strength)) :] if begun else times
+    return times[-steps_walked(request, begun=begun) :]
 
 
 def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
