@@ -54,6 +54,20 @@ def test_a_step_trains_all_that_it_should(recipe, frames) -> None:
     assert all(value.isfinite().all() for value in state.parameters.values())
 
 
+def test_a_step_of_distillation_is_made_without_waiting_for_it() -> None:
+    config = replace(recipes.video_lcm_emoji(), model="emoji")
+    model = stages.starting_model(config).to(DEVICE)
+    state = training._fresh_state(config, model)
+    step, batch = stages.objective(config, model, state), ClipBatch(captions=("a fox",), latents=noise(1, 16, 4, 8, 8))
+    step(batch, partial(generator, 0, 0, 0))  # tables go there once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, partial(generator, 0, 1, 0)).loss.mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @torch.inference_mode()
 def test_float32_is_as_exact_as_on_a_cpu() -> None:
     model, given = embedded(), (noise(1, 16, 4, 8, 8), torch.tensor([500]))

@@ -20,6 +20,7 @@ from animatelcm.nets.motion import MotionConfig
 from animatelcm.nets.text_encoder import TextEncoder
 from animatelcm.nets.unet import VideoUNet
 from animatelcm.prompts import Syntax, chunks, sections
+from animatelcm.rng import sent
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer
 from animatelcm.weights.files import State
@@ -167,7 +168,7 @@ class VideoModel:
 
     def tokens(self, texts: Sequence[str]) -> Tensor:
         """Text (B strings) -> int64 (B, L); longer texts are cut at L tokens."""
-        return self.tokenizer(texts).to(self.device)
+        return sent(self.tokenizer(texts), self.device)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Text (B strings) -> (B, L, D), the text encoder's last hidden state; longer texts are cut."""
@@ -191,7 +192,7 @@ class VideoModel:
         parts = [part for found in said for part in (*found, *[[]] * (most - len(found)))]
         tokens = torch.tensor([self.tokenizer.ended([number for number, _ in part]) for part in parts])
         added = torch.cat([*self.embeddings.values()]) if words else None
-        text = self.text_encoder(tokens.to(self.device), added, clip_skip)
+        text = self.text_encoder(sent(tokens, self.device), added, clip_skip)
         text = torch.stack([_weighed(one, [w for _, w in part]) for one, part in zip(text, parts, strict=True)])
         return text.unflatten(0, (len(prompts), most)).flatten(1, 2)
 

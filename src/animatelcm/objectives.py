@@ -16,6 +16,7 @@ from animatelcm.feedback import disagreement
 from animatelcm.losses import mse, pseudo_huber, pseudo_huber_norm, step_weight
 from animatelcm.nets.adapters import Adapter, Clues
 from animatelcm.nets.emoji import LATENT_NOISE
+from animatelcm.rng import sent
 from animatelcm.roles import Role, Roles
 from animatelcm.solver import DDIMSolver, guided_eps, to_x0
 
@@ -57,8 +58,8 @@ def diffusion(
     size, frames = x_0.shape[0], x_0.shape[2]
     captions = dropped(batch.captions, text_dropout, draw("text"))
     text = model.embed(captions)
-    t = shifted_draw(model.schedule.num_train_timesteps, size, timestep_shift, draw("timestep")).to(x_0.device)
-    eps = torch.randn(x_0.shape, generator=draw("noise")).to(x_0.device)
+    t = sent(shifted_draw(model.schedule.num_train_timesteps, size, timestep_shift, draw("timestep")), x_0.device)
+    eps = sent(torch.randn(x_0.shape, generator=draw("noise")), x_0.device)
     x_t = model.schedule.add_noise(x_0, eps, t)
     predicted = Role(model.unet, adapter=adapter)(x_t, t, text, motion=frames > 1, clues=clues(batch, x_0))
     error = mse(predicted - eps)
@@ -103,8 +104,8 @@ def consistency(
     x_0 = latents(model, batch)
     size, motion, seen = x_0.shape[0], x_0.shape[2] > 1, clues(batch, x_0)
     solver = DDIMSolver(model.schedule, config.solver_steps, config.k)
-    index = shifted_draw(config.solver_steps, size, timestep_shift, draw("timestep")).to(x_0.device)
-    eps = torch.randn(x_0.shape, generator=draw("noise")).to(x_0.device)
+    index = sent(shifted_draw(config.solver_steps, size, timestep_shift, draw("timestep")), x_0.device)
+    eps = sent(torch.randn(x_0.shape, generator=draw("noise")), x_0.device)
     t, s = solver.times(index)
     x_t = model.schedule.add_noise(x_0, eps, t)
     text = model.embed(batch.captions)
@@ -119,7 +120,7 @@ def consistency(
             w = torch.rand(size, generator=draw("guidance")) * (config.w_max - config.w_min) + config.w_min
             texts = torch.cat([model.embed([""]).expand_as(text), text])
             both = _both(guiding, x_t, t, texts, motion=motion and guiding is roles.teacher, seen=seen)
-            solved = _guided(*both, w.to(x_0.device), sample=None if guiding is roles.teacher else eps)
+            solved = _guided(*both, sent(w, x_0.device), sample=None if guiding is roles.teacher else eps)
             x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
         noise = roles.target(x_s, s, text, motion=motion, clues=seen).float()
         target = consistency_function(x_s, noise, s, model.schedule)
@@ -129,7 +130,7 @@ def consistency(
     if config.feedback > 0:
         assert seen.maps is not None
         source = draw("feedback")
-        frames = torch.randperm(x_0.shape[2], generator=source)[: config.feedback_frames].to(x_0.device)
+        frames = sent(torch.randperm(x_0.shape[2], generator=source)[: config.feedback_frames], x_0.device)
         made = _begun_and_left(model, roles.student, text, seen, x_0, source, config.feedback_steps)
         away = disagreement(model, made[:, :, frames], seen.maps[:, :, frames], control)
         loss, logs = loss + config.feedback * away, {**logs, "feedback": away.mean().detach()}
@@ -141,16 +142,16 @@ def _begun_and_left(
 ) -> Tensor:
     """What a role makes of noise with the consistency sampler in ``steps`` evaluations, left after one of them: its
     prediction of x_0 there, (B, C, F, h, w). Gradients reach that last evaluation alone (DRaFT, Clark et al. 2023)."""
-    times = model.schedule.lcm_timesteps(steps).to(like.device)
+    times = sent(model.schedule.lcm_timesteps(steps), like.device)
     last = int(torch.randint(steps, (1,), generator=source))
-    x_t = torch.randn(like.shape, generator=source).to(like.device)
+    x_t = sent(torch.randn(like.shape, generator=source), like.device)
     for step, t in enumerate(times[: last + 1]):
         t_b = t.expand(len(like))
         with torch.set_grad_enabled(step == last):
             noise = role(x_t, t_b, text, motion=like.shape[2] > 1, clues=seen).float()
             x_0 = consistency_function(x_t, noise, t_b, model.schedule)
         if step < last:
-            fresh = torch.randn(like.shape, generator=source).to(like.device)
+            fresh = sent(torch.randn(like.shape, generator=source), like.device)
             x_t = renoise(x_0, fresh, times[step + 1].expand(len(like)), model.schedule)
     return x_0
 
@@ -179,7 +180,7 @@ def _guided(uncond: Tensor, cond: Tensor, w: Tensor, *, sample: Tensor | None) -
 
 def clues(batch: ClipBatch, x_0: Tensor) -> Clues:
     """What adapters may look at: the first frame's latent, its pixels and control maps where the batch has them."""
-    pixels, maps = (None if found is None else found.to(x_0.device) for found in (batch.first, batch.maps))
+    pixels, maps = (None if found is None else sent(found, x_0.device) for found in (batch.first, batch.maps))
     return Clues(image=x_0[:, :, 0], pixels=pixels, maps=maps)
 
 
@@ -187,7 +188,7 @@ def clues(batch: ClipBatch, x_0: Tensor) -> Clues:
 def latents(model: VideoModel, batch: ClipBatch) -> Tensor:
     """(B, C, F, h, w): those of the batch, or its pixels encoded now, where none were kept."""
     if batch.latents is not None:
-        return batch.latents.to(model.device)
+        return sent(batch.latents, model.device)
     assert batch.pixels is not None
     return model.encode(batch.pixels)
 
@@ -206,9 +207,9 @@ def autoencoder(model: VideoModel, batch: ClipBatch, draw: Draw) -> Terms:
     ``LATENT_NOISE``, which the encoder learns to report.
     """
     assert batch.pixels is not None
-    pixels = batch.pixels.to(model.device).squeeze(2).contiguous(memory_format=torch.channels_last)
+    pixels = sent(batch.pixels, model.device).squeeze(2).contiguous(memory_format=torch.channels_last)
     posterior = model.vae.encode(pixels)
-    noise = torch.randn(posterior.mean.shape, generator=draw("noise")).to(pixels.device)
+    noise = sent(torch.randn(posterior.mean.shape, generator=draw("noise")), pixels.device)
     decoded = model.vae.decode(posterior.mean + LATENT_NOISE * noise)
     error = decoded - pixels
     reconstruction = 4 * mse(error) + _absolute(error) + _absolute(F.avg_pool2d(error, 4)) + 0.5 * _edges(error)

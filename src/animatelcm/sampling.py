@@ -23,7 +23,7 @@ from animatelcm.model import VideoModel
 from animatelcm.model_source import Offload
 from animatelcm.provenance import Video
 from animatelcm.request import SampleRequest, steps_walked, unused
-from animatelcm.rng import generator
+from animatelcm.rng import generator, sent
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.solver import ddim_step, guided
 from animatelcm.windows import freenoise, in_windows, windows
@@ -233,11 +233,6 @@ def initial_noise(model: VideoModel, request: SampleRequest) -> Tensor:
     return _noise(shape, request, 0)
 
 
-def _sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """On a device, which need not have done what it was asked for before."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
-
-
 def _noise(shape: Sequence[int], request: SampleRequest, step: int) -> Tensor:
     """What is drawn for one step of a resolved request: (B, C, F, h, w), standard normal at each frame; of each of its
     B videos what would be drawn for it alone."""
@@ -315,7 +310,7 @@ def _consistency(
         t_b = x.new_full((len(x),), t, dtype=torch.long)
         x_0 = consistency_function(x, eps(x, t_b), t_b, schedule)
         if step + 1 < len(times):
-            noise = _sent(_noise(x.shape, request, step + 1), x.device)
+            noise = sent(_noise(x.shape, request, step + 1), x.device)
             x = renoise(x_0, noise, x.new_full((len(x),), times[step + 1], dtype=torch.long), schedule)
         yield x_0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from animatelcm.data.clips import Clip
-from animatelcm.rng import generator
+from animatelcm.rng import generator, sent
 
 
 class ClipDataset(Protocol):
@@ -39,11 +39,11 @@ class ClipBatch:
     """Where the clips came from, if that is known."""
 
     def to(self, device: torch.device) -> ClipBatch:
-        """The same on a device; a copy to CUDA goes by pinned memory, and nobody waits for it."""
+        """The same on a device of its own memory, where nobody waits for it (``rng.sent``)."""
         if device.type != "cuda":
             return self
         named = {name: getattr(self, name) for name in ("pixels", "latents", "maps", "first")}
-        moved = {name: x.pin_memory().to(device, non_blocking=True) for name, x in named.items() if x is not None}
+        moved = {name: sent(x, device) for name, x in named.items() if x is not None}
         return replace(self, **moved)
 
 
