@@ -33,7 +33,15 @@ def moves(model, monkeypatch):
     """The CPU stands in for a device of its own, "cpu:0"; moves of whole networks as (name, whether to the device)."""
     there, made = torch.device("cpu", 0), []
     names = {network: name for name, network in model.networks.items()}
-    to = nn.Module.to
+    to, arrive, leave = nn.Module.to, memory._Guests.__init__, memory._Guests.leave
+
+    def arrived(self: memory._Guests, networks: list[nn.Module], device: torch.device) -> None:
+        made.extend((names[network], True) for network in networks)
+        arrive(self, networks, device)
+
+    def left(self: memory._Guests) -> None:
+        made.extend((names[network], False) for network in self.networks)
+        leave(self)
 
     def recorded(self: nn.Module, *args, **options) -> nn.Module:
         if self in names:
@@ -41,6 +49,8 @@ def moves(model, monkeypatch):
         return to(self, *args, **options)
 
     monkeypatch.setattr(nn.Module, "to", recorded)
+    monkeypatch.setattr(memory._Guests, "__init__", arrived)
+    monkeypatch.setattr(memory._Guests, "leave", left)
     monkeypatch.setattr(memory, "has_own_memory", lambda _: True)
     monkeypatch.setattr(type(model), "device", property(lambda self: self.runs_on or there))
     return made
@@ -97,6 +107,39 @@ def test_adapters_and_pictures_take_their_turn(fresh_model, monkeypatch):
 def test_weights_that_were_moved_can_still_be_trained(model, moves):
     sample(model, REQUEST, offload="model")
     assert not any(p.is_inference() for network in model.networks.values() for p in network.parameters())
+
+
+@torch.inference_mode()
+def test_guests_leave_where_they_lay_and_take_what_changed_with_them(model):
+    unet = model.unet
+    lay = {name: (p.data_ptr(), p.detach().clone()) for name, p in unet.named_parameters()}
+    copied = torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:  # as a device of its own memory does it
+        patch.setattr(torch.Tensor, "to", lambda self, *a, **k: copied(self, *a, **k, copy=True))
+        guests = memory._Guests([unet], torch.device("cpu"))
+    assert not any(p.data_ptr() == lay[name][0] for name, p in unet.named_parameters())
+    unet.conv_out.bias.add_(1)
+    guests.leave()
+    lay["conv_out.bias"][1].add_(1)
+    for name, p in unet.named_parameters():
+        assert p.data_ptr() == lay[name][0], name
+        assert torch.equal(p, lay[name][1]), name
+        assert not p.is_inference()
+    unet.conv_out.bias.sub_(1)
+
+
+def test_guests_that_do_not_fit_are_at_home_again(model, monkeypatch):
+    lay, copied, arrived = [p.data_ptr() for p in model.unet.parameters()], torch.Tensor.to, []
+
+    def full(self: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        arrived.append(self)
+        return copied(self, *arguments, **options, copy=True) if len(arrived) < 9 else _full()
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory._Guests([model.unet], torch.device("cpu"))
+    assert len(arrived) == 9
+    assert [p.data_ptr() for p in model.unet.parameters()] == lay
 
 
 @pytest.mark.parametrize(("free", "away"), [(10**15, False), (0, True)])

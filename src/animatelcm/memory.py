@@ -64,22 +64,14 @@ def take_turns(model: VideoModel, device: torch.device) -> Callable[[], None]:
     UNet and adapters. What comes back ends it, and leaves every network where it is then."""
     decoders = [] if model.decoder is None else [model.decoder]
     groups = ([model.text_encoder], [model.vae, *decoders], [model.unet, *model.adapters.values()])
-    here: list[list[nn.Module]] = []
+    here: list[_Guests] = []
 
     def bring(group: list[nn.Module]) -> None:
-        if here and here[0] is group:
+        if here and here[0].networks is group:
             return
-        leave()
-        try:
-            _move(group, device)
-        except BaseException:
-            _move(group, "cpu")
-            raise
-        here.append(group)
-
-    def leave() -> None:
         while here:
-            _move(here.pop(), "cpu")
+            here.pop().leave()
+        here.append(_Guests(group, device))
 
     model.forget_graphs()  # they read weights where these lie now
     for group in groups:
@@ -99,6 +91,34 @@ def take_turns(model: VideoModel, device: torch.device) -> Callable[[], None]:
         model.runs_on = None
 
     return stop
+
+
+class _Guests:
+    """Networks of the CPU with copies of their weights on a device in their place. Nothing is copied back when they
+    leave, but what has changed meanwhile."""
+
+    def __init__(self, networks: list[nn.Module], device: torch.device) -> None:
+        self.networks = networks
+        self._homes: list[tuple[Tensor, Tensor, int]] = []
+        try:
+            with _as_weights():
+                for weight in (w for network in networks for w in (*network.parameters(), *network.buffers())):
+                    home, weight.data = weight.data, weight.data.to(device)
+                    self._homes.append((weight, home, weight._version))
+                _joined(networks, device)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Back to the CPU."""
+        with _as_weights():
+            for weight, home, version in self._homes:
+                if weight._version != version:
+                    home.copy_(weight.data)
+                weight.data = home
+        self._homes.clear()
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 @contextmanager
@@ -133,14 +153,26 @@ def _networks(model: VideoModel) -> list[nn.Module]:
 
 
 def _move(networks: list[nn.Module], device: str | torch.device) -> None:
-    """In place. Weights that were moved in inference mode could never be trained again; those that lay beside each
-    other on a GPU have come apart."""
-    with torch.inference_mode(False), torch.no_grad():
+    """In place."""
+    with _as_weights():
         for network in networks:
             network.to(device)
-            if torch.device(device).type == "cuda" and isinstance(network, VideoUNet):
-                network.join_projections()
-    torch.cuda.empty_cache()  # does nothing where CUDA was never used
+        _joined(networks, device)
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def _as_weights() -> Iterator[None]:
+    """What is made in inference mode could never be trained again."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _joined(networks: list[nn.Module], device: str | torch.device) -> None:
+    """Weights that lay beside each other on a GPU have come apart on their way."""
+    for network in networks:
+        if torch.device(device).type == "cuda" and isinstance(network, VideoUNet):
+            network.join_projections()
 
 
 def attempt(call: Callable[[], _T]) -> _T | None:
