@@ -74,7 +74,7 @@ def test_a_long_clip_goes_to_its_encoder_in_chunks(go, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["decoder", "encoder"])
-def test_what_fails_between_decoder_and_encoder_fails_one_row(where, go, prompts, tmp_path, monkeypatch):
+def test_what_fails_between_decoder_and_encoder_fails_one_row(where, go, prompts, fresh_model, tmp_path):
     def frames(model, draft):
         for i in range(20):
             if where == "decoder" and draft.request.seed == 2 and i == 7:
@@ -89,12 +89,22 @@ def test_what_fails_between_decoder_and_encoder_fails_one_row(where, go, prompts
             pass
         path.write_bytes(b"video")
 
-    monkeypatch.setattr(decoding, "frames", frames)
-    monkeypatch.setattr(video, "write", write)
-    counts = go(prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "frames", frames)
+        patch.setattr(video, "write", write)
+        counts = go(prompts)
     assert (counts.made, counts.failed) == (5, 1)
     (error,) = [line["error"] for line in lines(tmp_path / "out") if "error" in line]
-    assert error == {"decoder": "RuntimeError: no frame", "encoder": "no file"}[where]
+    latents = tmp_path / "out" / "000002.latents.safetensors"
+    assert error.startswith({"decoder": "RuntimeError: no frame; ", "encoder": "no file; "}[where])
+    assert error.endswith(f"its latents are in {latents}, from where animatelcm decode goes on")
+
+    (draft,) = drafts(fresh_model, batch.read_rows(prompts, settings=SMALL)[2].request)
+    kept = decoding.load(latents, fresh_model)
+    assert torch.equal(kept.latents, draft.latents)
+    assert kept.request == draft.request
+    assert go(prompts).made == 1
+    assert not latents.exists()
 
 
 def test_the_fingerprint_is_of_every_weight(fresh_model, about):

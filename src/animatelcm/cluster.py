@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from animatelcm import batch
-from animatelcm.batch import About, Done, Engine, Made, Row
+from animatelcm.batch import About, Done, Engine, Left, Made, Row
 from animatelcm.memory import best_dtype, load_for
 from animatelcm.model_source import Compile, ModelSource, Offload, Precision
 from animatelcm.sampling import best_device
@@ -63,10 +63,10 @@ class Worker:
         self._engine = batch.here(model, self._source, self._offload)
         return batch.about(model)
 
-    def make(self, row: Row, suffix: str) -> Made | str:
+    def make(self, row: Row, suffix: str) -> Made | Left | str:
         """One row with a resolved request."""
         assert self._engine is not None
-        outcomes: list[Made | str] = []
+        outcomes: list[Made | Left | str] = []
         self._engine([row], suffix, lambda _, outcome: outcomes.append(outcome))
         return outcomes[0]
 

@@ -5,9 +5,9 @@ Only ``run`` writes: a file whole and synchronised, then its line in ``manifest.
 loses what was in flight and nothing else.
 """
 
-from animatelcm.batch.engine import About, Done, Engine, Made, about, here
+from animatelcm.batch.engine import About, Done, Engine, Left, Made, about, here
 from animatelcm.batch.manifest import MANIFEST
 from animatelcm.batch.rows import Row, read_rows
 from animatelcm.batch.running import Counts, run
 
-__all__ = ["MANIFEST", "About", "Counts", "Done", "Engine", "Made", "Row", "about", "here", "read_rows", "run"]
+__all__ = ["MANIFEST", "About", "Counts", "Done", "Engine", "Left", "Made", "Row", "about", "here", "read_rows", "run"]

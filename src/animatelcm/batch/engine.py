@@ -50,8 +50,15 @@ class Made(NamedTuple):
     host: str
 
 
-Done = Callable[[Row, Made | str], None]
-"""What an engine calls with each row that it has finished: its file, or a sentence that says why there is none."""
+class Left(NamedTuple):
+    """What is left of a row that was denoised, and failed then: why, and its latents as ``decoding.save`` writes them."""
+
+    why: str
+    latents: bytes
+
+
+Done = Callable[[Row, Made | Left | str], None]
+"""What an engine calls with each row that it has finished: its file, or why there is none (a sentence)."""
 Engine = Callable[[Sequence[Row], str, Done], None]
 """(rows with resolved requests, file suffix, done): make them. What ``done`` raises ends it, as does a full disk."""
 
@@ -108,7 +115,18 @@ def _denoised(model: VideoModel, request: SampleRequest, offload: Offload) -> Dr
 
 
 def _finish(row: Row, draft: Draft, chunks: Queue, source: ModelSource, suffix: str, done: Done) -> None:
-    done(row, _tried(lambda: _encoded(draft, _taken(chunks), source, suffix)))
+    outcome = _tried(lambda: _encoded(draft, _taken(chunks), source, suffix))
+    if isinstance(outcome, str):
+        latents = _tried(lambda: _latents(draft))  # a device that failed may not give them back
+        outcome = outcome if isinstance(latents, str) else Left(outcome, latents)
+    done(row, outcome)
+
+
+def _latents(draft: Draft) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="animatelcm-") as folder:
+        path = Path(folder) / f"clip{decoding.SUFFIX}"
+        decoding.save(draft, path)
+        return path.read_bytes()
 
 
 def _encoded(draft: Draft, chunks: Iterator[np.ndarray], source: ModelSource, suffix: str) -> Made:

@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from animatelcm.batch import manifest
-from animatelcm.batch.engine import About, Engine, Made, is_full
+from animatelcm.batch.engine import About, Engine, Left, Made, is_full
 from animatelcm.batch.rows import Row
+from animatelcm.decoding import SUFFIX as LATENTS
 from animatelcm.images import replacing
 from animatelcm.request import unused
 
@@ -42,7 +43,8 @@ def run(
 ) -> Counts:
     """Make each row that is not there yet into ``out``/NNNNNN.mp4, and record it in its manifest, with ``facts``.
 
-    A row is done where the manifest has its settings' hash, and its file the recorded one. Raises ValueError where
+    A row is done where the manifest has its settings' hash, and its file the recorded one. One that was denoised, but
+    not decoded or written, leaves its latents, NNNNNN.latents.safetensors, until it is made. Raises ValueError where
     videos are there that no manifest tells of (unless ``force``), where another run works on the folder, and where the
     disk is full: what is there then is whole, and the same call goes on.
     """
@@ -55,14 +57,19 @@ def run(
         for said, times in Counter(said for row in todo if row.request for said in unused(row.request)).items():
             LOG.warning("%s (%d of %d rows)", said, times, len(rows))
 
-        def done(row: Row, outcome: Made | str) -> None:
+        def done(row: Row, outcome: Made | Left | str) -> None:
             nonlocal made, failed
+            latents = out / f"{row.number:06}{LATENTS}"
+            if isinstance(outcome, Left):
+                _save(outcome.latents, latents)
+                outcome = f"{outcome.why}; its latents are in {latents}, from where animatelcm decode goes on"
             if isinstance(outcome, str):
                 LOG.warning("row %d: %s", row.number, outcome)
                 record = {"row": row.number, "prompt": row.prompt, "error": outcome}
             else:
                 record = {**plans[row.number][1], **facts, **manifest.facts(outcome)}
                 _save(outcome.data, out / record["file"])
+                latents.unlink(missing_ok=True)
             if records.get(row.number) != record:
                 append(record)
             made, failed = made + ("file" in record), failed + ("error" in record)
