@@ -51,7 +51,7 @@ class Made(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What is left of a row that was denoised, and failed then: why, and its latents as ``decoding.save`` writes them."""
+    """What is left of a row that was denoised, then failed: why, and its latents as ``decoding.save`` writes them."""
 
     why: str
     latents: bytes
