@@ -14,6 +14,7 @@ from animatelcm.condition import Condition, Control
 from animatelcm.model_source import ModelSource
 from animatelcm.nets.blocks import TransformerBlock
 from animatelcm.nets.graphs import Graphs
+from animatelcm.nets.motion import MotionConfig, TemporalAttention
 from animatelcm.nets.unet import VideoUNet
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
@@ -269,9 +270,10 @@ def test_free_memory_leaves_pools_of_graphs_out(monkeypatch, backend, free):
 
 
 def test_projections_that_come_to_a_gpu_lie_beside_each_other_again(monkeypatch):
-    unet = VideoUNet(SMALL)
+    unet = VideoUNet(SMALL, MotionConfig(num_attention_heads=2, norm_num_groups=4))
     monkeypatch.setattr(VideoUNet, "to", lambda self, _: self._apply(torch.clone))
     layers = [m.attn1 for m in unet.modules() if isinstance(m, TransformerBlock)]
+    layers += [m for m in unet.modules() if isinstance(m, TemporalAttention)]
     for device, joined in (("cuda:1", True), ("cpu", False), (torch.device("cuda"), True)):
         with torch.inference_mode():
             memory._move([unet, nn.Identity()], device)

@@ -149,52 +149,71 @@ def test_far_gates_are_shut_or_open():
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     q, k, v = q.double(), k.double(), v.double()
-    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3) @ v
+    return (q @ k.mT / q.shape[4] ** 0.5).softmax(dim=4) @ v
 
 
-def projected(batch: int, rows: int, frames: int, width: int, dtype: torch.dtype = torch.float32):
-    """Queries, keys and values (B, R, F, d) as maps of tokens (B, F, R, d) leave them in memory."""
-    return [noise(batch, frames, rows, width, seed=seed, dtype=dtype).transpose(1, 2) for seed in range(3)]
+def projected(
+    batch: int, pixels: int, heads: int, frames: int, width: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Queries, keys and values (B, P, H, F, d) as maps of tokens (B, F, P, H d) leave them in memory."""
+    shape = (batch, frames, pixels, heads, width)
+    return [noise(*shape, seed=seed, dtype=dtype).permute(0, 2, 3, 1, 4) for seed in range(3)]
 
 
 def assert_attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     y = kernels.temporal_attention(q, k, v)
     assert (y.dtype, y.shape) == (q.dtype, q.shape)
-    assert y.transpose(1, 2).is_contiguous()
+    assert y.permute(0, 3, 1, 2, 4).is_contiguous()
     assert_rounded(y, attended(q, k, v), times=2)  # weights are rounded, and then results
 
 
 @pytest.mark.usefixtures("_triton")
 @pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize(
-    ("batch", "rows", "frames", "width"),
-    [(2, 5, 16, 40), (1, 3, 17, 24), (1, 2, 64, 80), (2, 1, 33, 160), (1, 9, 5, 8), (2, 7, 1, 3), (1, 4, 16, 72)],
+    ("batch", "pixels", "heads", "frames", "width"),
+    [
+        (2, 1, 5, 16, 40),
+        (1, 3, 1, 17, 24),
+        (1, 1, 2, 64, 80),
+        (2, 1, 1, 33, 160),
+        (1, 3, 3, 5, 8),
+        (2, 1, 7, 1, 3),
+        (1, 2, 2, 16, 72),
+    ],
 )
-def test_attention_is_its_formula(batch, rows, frames, width, dtype):
-    assert_attended(*projected(batch, rows, frames, width, dtype))
+def test_attention_is_its_formula(batch, pixels, heads, frames, width, dtype):
+    assert_attended(*projected(batch, pixels, heads, frames, width, dtype))
+
+
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+def test_attention_reads_parts_of_one_product(dtype):
+    """As joined projections leave them: of each pixel the heads' queries, then their keys, then their values."""
+    whole = noise(2, 5, 3, 3 * 4 * 8, dtype=dtype)
+    assert_attended(*(part.unflatten(3, (4, 8)).permute(0, 2, 3, 1, 4) for part in whole.chunk(3, dim=3)))
 
 
 @pytest.mark.usefixtures("_triton")
 @pytest.mark.parametrize("dtype", MULTIPLIED)
 def test_attention_reads_any_strides(dtype):
-    q, k, v = projected(2, 6, 7, 8, dtype)
+    q, k, v = projected(2, 3, 2, 7, 8, dtype)
     assert_attended(q.contiguous(), k, v[:, :1].expand_as(v))
-    assert_attended(q[:, ::2], k.flip(1)[:, ::2], v[:, 3:])
-    odd = noise(2, 7, 6, 3 * 9, dtype=dtype).transpose(1, 2)
+    assert_attended(q[:, ::2], k.flip(1)[:, ::2], v[:, 1:])
+    odd = noise(2, 7, 6, 3 * 9, dtype=dtype).transpose(1, 2)[:, None]
     assert_attended(*(part[..., 1:] for part in odd.chunk(3, dim=-1)))
     assert_attended(*(part.mT.contiguous().mT for part in (q, k, v)))
 
 
 @pytest.mark.usefixtures("_triton")
 def test_attention_at_its_ends():
-    q, k, v = projected(1, 3, 6, 8)
-    one = kernels.temporal_attention(q[:, :, :1], k[:, :, :1], v[:, :, :1])
-    assert torch.equal(one, v[:, :, :1])  # one frame attends to itself
+    q, k, v = projected(1, 1, 3, 6, 8)
+    one = kernels.temporal_attention(q[..., :1, :], k[..., :1, :], v[..., :1, :])
+    assert torch.equal(one, v[..., :1, :])  # one frame attends to itself
     sharp = kernels.temporal_attention(1e4 * k, 1e4 * k, v)
-    best = (k @ k.mT).argmax(dim=3, keepdim=True)
-    torch.testing.assert_close(sharp, v.gather(2, best.expand_as(v)))
+    best = (k @ k.mT).argmax(dim=4, keepdim=True)
+    torch.testing.assert_close(sharp, v.gather(3, best.expand_as(v)))
     for frames, width in ((kernels.MAX_FRAMES + 1, 8), (4, kernels.MAX_WIDTH + 1)):
-        beyond = projected(1, 2, frames, width)
+        beyond = projected(1, 1, 2, frames, width)
         assert_rounded(kernels.temporal_attention(*beyond), attended(*beyond))
 
 
@@ -204,7 +223,7 @@ def test_torch_knows_the_operators():
     operators, x = torch.ops.animatelcm, images(2, 6, 3, 4)
     torch.library.opcheck(operators.group_norm_silu.default, (x, x[0, :, 0, 0], x[0, :, 0, 1], 2, 1e-5, True))
     torch.library.opcheck(operators.geglu.default, (noise(3, 8),))
-    torch.library.opcheck(operators.temporal_attention.default, tuple(projected(1, 2, 3, 8)))
+    torch.library.opcheck(operators.temporal_attention.default, tuple(projected(1, 1, 2, 3, 8)))
 
 
 def test_errors_say_what_to_give():
@@ -214,7 +233,7 @@ def test_errors_say_what_to_give():
             kernels.group_norm_silu(*wrong, 1e-5)
     with pytest.raises(ValueError, match="7 channels; give an even number"):
         kernels.geglu(noise(2, 7))
-    q, k, v = projected(1, 2, 3, 4)
+    q, k, v = projected(1, 2, 1, 3, 4)
     for wrong in ((q, k[:, :1], v), (q, k, v[..., :2]), (q[0], k[0], v[0])):
         with pytest.raises(ValueError, match="of one shape"):
             kernels.temporal_attention(*wrong)

@@ -122,11 +122,20 @@ def test_attention_in_chunks_is_attention_at_once(monkeypatch) -> None:
 
 
 @torch.no_grad()
+def test_joined_weights_attend_as_they_did_apart() -> None:
+    attention, x = TemporalAttention(12, 3), noise(2, 4, 5, 12)
+    apart = attention(x)
+    attention.join()
+    assert attention._joined() is not None
+    torch.testing.assert_close(attention(x), apart, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
 def test_attention_calls_stay_below_65536_rows(monkeypatch) -> None:
     rows = []
 
     def recorded(q, k, v):
-        rows.append(q.shape[0] * q.shape[1])
+        rows.append(q.shape[:3].numel())
         return q
 
     monkeypatch.setattr(fused, "attention", recorded)

@@ -135,24 +135,28 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, H, P, d), k and v (B, H, L, d) -> softmax(q k^T / sqrt(d)) v, (B, H, P, d)."""
-    scores = q.shape[:3].numel() * k.shape[2]
+    """q (B, ..., P, d), k and v (B, ..., L, d) -> softmax(q k^T / sqrt(d)) v, (B, ..., P, d)."""
+    *many, length, width = q.shape
+    scores = q.shape[:-1].numel() * k.shape[-2]
     if q.device.type != "cpu" or q.dtype not in CPU_TYPES or scores > SMALL_SCORES:
-        return F.scaled_dot_product_attention(q, k, v)
-    heads = q.shape[:2]
-    q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-    weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(weights.softmax(-1), v).unflatten(0, heads)
+        if len(many) == 2:
+            return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(*(part.flatten(1, -3) for part in (q, k, v))).unflatten(1, many[1:])
+    q, k, v = (part.flatten(0, -3) for part in (q, k, v))
+    weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
+    return torch.bmm(weights.softmax(-1), v).view(*many, length, width)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for many short sequences, q, k and v (B, R, F, d); torch gets at most ``MAX_ROWS`` of them at a time."""
-    if kernels.usable(q) and q.shape[2] <= kernels.MAX_FRAMES and q.shape[3] <= kernels.MAX_WIDTH:
+    """The same for many short sequences, q, k and v (B, P, heads, F, d), of which torch gets at most ``MAX_ROWS`` at a
+    time."""
+    if kernels.usable(q) and q.shape[3] <= kernels.MAX_FRAMES and q.shape[4] <= kernels.MAX_WIDTH:
         return kernels.temporal_attention(q, k, v)
-    rows = max(1, MAX_ROWS // q.shape[0])
-    if q.shape[1] <= rows:
+    pixels = max(1, MAX_ROWS // (q.shape[0] * q.shape[2]))
+    if q.shape[1] <= pixels:
         return attention(q, k, v)
-    return torch.cat([attention(*part) for part in zip(*(x.split(rows, dim=1) for x in (q, k, v)), strict=True)], dim=1)
+    parts = zip(*(x.split(pixels, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([attention(*part) for part in parts], dim=1)
 
 
 def foldable(x: Tensor) -> bool:

@@ -60,14 +60,15 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of q, k, v (B, R, F, d) -> (B, R, F, d) in the memory order (B, F, R, d).
+    """softmax(q k^T / sqrt(d)) v of q, k, v (B, P, H, F, d) -> (B, P, H, F, d) in the memory order (B, F, P, H, d).
 
     Strides may be any if the last is 1. Sums and softmax are in float32. Sequences longer than ``MAX_FRAMES`` and heads
     wider than ``MAX_WIDTH`` are left to torch, which has a memory order of its own. Raises ValueError for other shapes.
     """
-    if q.ndim != 4 or not q.shape == k.shape == v.shape:
-        raise ValueError(f"attention of {[*q.shape]}, {[*k.shape]}, {[*v.shape]}; give three of one shape (B, R, F, d)")
-    if q.shape[2] > MAX_FRAMES or q.shape[3] > MAX_WIDTH:
+    if q.ndim != 5 or not q.shape == k.shape == v.shape:
+        shapes = f"{[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        raise ValueError(f"attention of {shapes}; give three of one shape (B, P, H, F, d)")
+    if q.shape[3] > MAX_FRAMES or q.shape[4] > MAX_WIDTH:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return torch.ops.animatelcm.temporal_attention(q, k, v)
 
@@ -123,22 +124,27 @@ def _geglu(y: Tensor, x: Tensor) -> None:
     _kernel(_gate)[-(-M // rows), -(-W // cols)](x.contiguous(), y, M, W, rows, cols, num_warps=4)
 
 
-@_operator("Tensor q, Tensor k, Tensor v", lambda q, *_: q.new_empty(q.transpose(1, 2).shape).transpose(1, 2))
+@_operator("Tensor q, Tensor k, Tensor v", lambda q, *_: _by_frame(q))
 def _temporal_attention(y: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """A block has 64 frames, of as many sequences as that makes, since they are neighbours in memory.
+    """A block has 64 frames, of as many sequences as that makes: heads of a pixel are neighbours in memory.
 
     Strides travel in a unit that divides them all, of 16 bytes at most: so Triton knows how wide loads may be.
     Products in float32 are no work of tensor cores: registers, more of them, hold fewer channels at a time.
     """
-    q, k, v = (part if part.stride(3) == 1 else part.contiguous() for part in (q, k, v))
-    B, R, frames, width = q.shape
-    strides = [stride for part in (q, k, v) for stride in part.stride()[:3]]
+    q, k, v = (part if part.stride(4) == 1 else part.contiguous() for part in (q, k, v))
+    B, pixels, heads, frames, width = q.shape
+    R, strides = pixels * heads, [stride for part in (q, k, v) for stride in part.stride()[:4]]
     unit = gcd(16 // q.element_size(), *strides)
     padded = max(16, _power_of_two(frames))
     rows, blocks = 64 // padded, -(-R * padded // 64)
     cols, warps = (16, 8) if q.dtype == torch.float32 else (min(64, max(16, _power_of_two(width))), 4)
-    sizes = (R, frames, blocks, width**-0.5, *(stride // unit for stride in strides), width, unit)
+    sizes = (R, heads, frames, blocks, width**-0.5, *(stride // unit for stride in strides), width, unit)
     _kernel(_attend)[B * blocks,](q, k, v, y, *sizes, rows, padded, cols, num_warps=warps)
+
+
+def _by_frame(x: Tensor) -> Tensor:
+    """Memory for (B, P, H, F, d) in the order (B, F, P, H, d)."""
+    return x.new_empty(x.permute(0, 3, 1, 2, 4).shape).permute(0, 2, 3, 1, 4)
 
 
 def _power_of_two(n: int) -> int:
@@ -226,14 +232,15 @@ def _gate(x, y, M, W, ROWS: constexpr, COLS: constexpr):
     z = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     tl.store(y + at + col, z.to(y.dtype.element_ty), inside)
 
-def _attend(q, k, v, y, R, frames, blocks, scale, q_b, q_r, q_f, k_b, k_r, k_f, v_b, v_r, v_f,
+def _attend(q, k, v, y, R, heads, frames, blocks, scale, q_b, q_p, q_h, q_f, k_b, k_p, k_h, k_f, v_b, v_p, v_h, v_f,
             D: constexpr, UNIT: constexpr, ROWS: constexpr, FRAMES: constexpr, COLS: constexpr):
     """ROWS sequences of frames: their whole attention at once, COLS of D channels after COLS."""
     b, r = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     r, f, d = r.to(tl.int64)[:, None, None], tl.arange(0, FRAMES)[None, :, None], tl.arange(0, COLS)[None, None, :]
-    q += (b * q_b + r * q_r + f * q_f) * UNIT
-    k += (b * k_b + r * k_r + f * k_f) * UNIT
-    v += (b * v_b + r * v_r + f * v_f) * UNIT
+    p, h = r // heads, r % heads
+    q += (b * q_b + p * q_p + h * q_h + f * q_f) * UNIT
+    k += (b * k_b + p * k_p + h * k_h + f * k_f) * UNIT
+    v += (b * v_b + p * v_p + h * v_h + f * v_f) * UNIT
     y += ((b * frames + f) * R + r) * D
     scores = tl.full([ROWS, FRAMES, FRAMES], 0.0, tl.float32)
     for first in tl.static_range(0, D, COLS):

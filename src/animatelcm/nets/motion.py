@@ -117,15 +117,10 @@ class TemporalAttention(Attention):
     """Each pixel's attention to itself in other frames."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, F, P, C) -> (B, F, P, C).
-
-        Pixels and heads are neighbours in memory, so together they pass for the heads of one long attention:
-        (B, P * heads, F, C / heads) is a view, and nothing is copied.
-        """
-        B, frames, pixels, channels = x.shape
-        shape = (B, frames, pixels * self.heads, channels // self.heads)
-        q, k, v = (y.view(shape).transpose(1, 2) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        return self.to_out(fused.temporal_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        """Tokens (B, F, P, C) -> (B, F, P, C); (B, P, heads, F, C / heads) is a view of a projection of them."""
+        heads = (self.heads, x.shape[3] // self.heads)
+        q, k, v = (part.unflatten(3, heads).permute(0, 2, 3, 1, 4) for part in self.project(x))
+        return self.to_out(fused.temporal_attention(q, k, v).permute(0, 3, 1, 2, 4).reshape(x.shape))
 
 
 class TemporalBlock(nn.Module):

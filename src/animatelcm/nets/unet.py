@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from animatelcm.nets.blocks import DownStage, MidStage, ResnetBlock, Stage, TransformerBlock, Upsampler, UpStage
 from animatelcm.nets.layers import GroupNorm, Memory, TimeEmbedding
-from animatelcm.nets.motion import MotionConfig
+from animatelcm.nets.motion import MotionConfig, TemporalAttention
 
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -267,11 +267,11 @@ class VideoUNet(nn.Module):
                 stage.checkpointing = enabled
 
     def join_projections(self) -> None:
-        """Lay the weights for queries, keys and values of attention over space beside each other: one product, not
-        three. Attention over time takes pixels and heads for one dimension, and would have to copy its parts."""
+        """Lay the weights for queries, keys and values of attention to themselves beside each other: one product of
+        pixels or frames, not three."""
         for module in self.modules():
-            if isinstance(module, TransformerBlock):
-                module.attn1.join()
+            if isinstance(module, TransformerBlock | TemporalAttention):
+                (module.attn1 if isinstance(module, TransformerBlock) else module).join()
 
     def positions(self) -> dict[str, Tensor]:
         """The motion modules' positions as diffusers' MotionAdapter names them, each (1, max_frames, C)."""
