@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import tyro
 
-from animatelcm.bench import inference, machine
-from animatelcm.bench.inference import Case, Subject
+from animatelcm.bench import comparison, machine, tables, workload
+from animatelcm.bench.workload import Case, Subject
 from animatelcm.memory import best_dtype
 from animatelcm.model import VideoModel
 from animatelcm.model_source import Precision
@@ -81,11 +81,11 @@ def main(sweep: Sweep) -> None:
     waiting = [key for key in cases if key not in rows]
     if sweep.out is not None:
         sweep.out.parent.mkdir(parents=True, exist_ok=True)
-    model = inference.subject(sweep.model, device, dtype) if waiting else None
+    model = workload.subject(sweep.model, device, dtype) if waiting else None
     while waiting and (sweep.minutes is None or time.monotonic() - began < 60 * sweep.minutes):
         case = cases[key := waiting.pop(0)]
         report = measured(model, case, rounds=sweep.rounds, compiled=sweep.compiled)
-        said = f"left out, {report}: {case}" if isinstance(report, str) else inference.table(report)
+        said = f"left out, {report}: {case}" if isinstance(report, str) else tables.table(report)
         print(said, end="\n\n", flush=True)
         found = {"case": asdict(case), "left_out": report} if isinstance(report, str) else report
         rows[key] = {**found, **about}
@@ -100,7 +100,7 @@ def main(sweep: Sweep) -> None:
 def measured(model: VideoModel, case: Case, **options: Any) -> Row | str:  # noqa: ANN401 - those of compare
     """A case's report, or why there is none."""
     try:
-        return inference.fitting(partial(inference.compare, model, case, **options)) or "out of memory"
+        return workload.fitting(partial(comparison.compare, model, case, **options)) or "out of memory"
     except torch._dynamo.exc.FailOnRecompileLimitHit:
         return "compiled too often"
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import tyro
 
-from animatelcm.bench import inference, machine
-from animatelcm.bench.inference import Case, Subject
+from animatelcm.bench import machine, workload
 from animatelcm.bench.timing import interleaved
+from animatelcm.bench.workload import Case, Subject
 from animatelcm.memory import best_dtype
 from animatelcm.model import VideoModel
 from animatelcm.sampling import best_device
@@ -54,7 +54,7 @@ class Scaling:
 
 def main(options: Scaling) -> None:
     device = best_device() if options.device == "auto" else options.device
-    model = inference.subject(options.model, device, best_dtype("auto", device))
+    model = workload.subject(options.model, device, best_dtype("auto", device))
     found: dict[str, list[Row]] = {}
     for axis, cases in options.cases().items():
         found[axis] = []
@@ -67,7 +67,7 @@ def main(options: Scaling) -> None:
             file = f", {row['file_bytes'] / 2**20:.0f} MiB to a file" if "file_bytes" in row else ""
             said = f"{row['seconds']:.3f} s, {row['bytes'] / 2**20:.0f} MiB{file}"
             print(f"{axis} {row['case'][axis]}: {said}", flush=True)
-    loaded = inference.weights(model.networks.values())
+    loaded = workload.weights(model.networks.values())
     about = {"model": options.model, "weights_bytes": loaded, "machine": machine.facts()}
     print(json.dumps(about | {"measured": found}))
     if options.out is not None:
@@ -76,23 +76,23 @@ def main(options: Scaling) -> None:
 
 def measured(model: VideoModel, case: Case, *, rounds: int, to_file: bool) -> Row | None:
     """Figures of a case; None where memory does not suffice for it."""
-    denoise = partial(inference.denoised, model, case)
+    denoise = partial(workload.denoised, model, case)
 
     def figures() -> Row:
         model.forget_graphs()  # of the case before
-        timing = interleaved({"ours": denoise}, rounds=rounds, warmup=inference.warmup(model))["ours"]
+        timing = interleaved({"ours": denoise}, rounds=rounds, warmup=workload.warmup(model))["ours"]
         row = {
             "case": asdict(case),
             "seconds": timing.median,
             "bytes": _bytes(model, denoise),
         }
-        return row | ({"file_bytes": _bytes(model, partial(inference.in_chunks, model, case))} if to_file else {})
+        return row | ({"file_bytes": _bytes(model, partial(workload.in_chunks, model, case))} if to_file else {})
 
-    return inference.fitting(figures)
+    return workload.fitting(figures)
 
 
 def _bytes(model: VideoModel, call: Callable[[], object]) -> int:
-    return inference.fresh_memory(model, call).tensors
+    return workload.fresh_memory(model, call).tensors
 
 
 def draw(found: dict[str, list[Row]], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Clips that show what a container does to them: smooth waves, noise, words that are hard to keep."""
+"""Clips that show what is done to them: smooth waves, noise, a disc on it, words that are hard to keep."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def smooth(count: int = 16, height: int = 48, width: int = 64) -> np.ndarray:
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def disc(count: int = 3, height: int = 40, width: int = 56) -> np.ndarray:
+    """A disc of another colour in each frame, on noise of few levels."""
+    y, x = np.mgrid[:height, :width]
+    inside = (y - 18) ** 2 + (x - 25) ** 2 < 100
+    colours = noise(count, 3, seed=4)[:, None, None]
+    return np.where(inside[None, ..., None], colours, noise(count, height, width, 3) // 16).astype(np.uint8)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

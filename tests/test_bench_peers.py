@@ -1,4 +1,4 @@
-"""What ours is timed against computes the same."""
+"""What ours is timed against computes the same, and is compiled for the case at hand."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def test_the_rivals_parts_are_copies_that_compute_the_same(fresh_model):
         value.data_ptr() for network in (pipe.vae, pipe.text_encoder, pipe.unet) for value in network.parameters()
     }
     assert not ours & theirs
+
+
+def test_a_network_is_compiled_anew_for_each_case(fresh_model, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda network, **options: done.append(options) or network)
+    peers.compiled_pipeline(fresh_model)
+    assert done == ["reset", {"dynamic": False}]

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import inference as sweeping
 import scaling
 
-from animatelcm.bench import inference
-from animatelcm.bench.inference import Case
+from animatelcm.bench import comparison, workload
+from animatelcm.bench.workload import Case
 
 TINY = Case(steps=1, frames=2, size=32)
 LARGE = Case(steps=1, frames=2, size=4096)
@@ -28,14 +28,14 @@ def _sweep(monkeypatch, tmp_path, *cases, **options):
 @pytest.fixture
 def failing(monkeypatch):
     """What ``compare`` raises for LARGE instead of trying it."""
-    raised, compare = [], inference.compare
+    raised, compare = [], comparison.compare
 
     def maybe(model, case, **options):
         if case == LARGE:
             raise raised[-1]
         return compare(model, case, **options)
 
-    monkeypatch.setattr(inference, "compare", maybe)
+    monkeypatch.setattr(comparison, "compare", maybe)
     return raised
 
 
@@ -55,7 +55,7 @@ def test_a_sweep_writes_a_line_a_case_and_does_not_measure_it_again(monkeypatch,
     assert last.startswith("| 1 | 1 | 2 | 32 | 1 |")
     assert last.count("|") == heading.count("|")
 
-    monkeypatch.setattr(inference, "subject", None)  # nothing is loaded
+    monkeypatch.setattr(workload, "subject", None)  # nothing is loaded
     sweeping.main(sweep)
     assert capsys.readouterr().out.splitlines()[-1] == last
     assert len(sweep.out.read_text().splitlines()) == 2
@@ -69,7 +69,7 @@ def test_a_sweep_writes_a_line_a_case_and_does_not_measure_it_again(monkeypatch,
     ],
 )
 def test_what_is_left_out_says_why(monkeypatch, tmp_path, failing, error, why):
-    monkeypatch.setattr(inference, "subject", lambda *_: None)
+    monkeypatch.setattr(workload, "subject", lambda *_: None)
     sweep = _sweep(monkeypatch, tmp_path, LARGE)
     failing.append(error)
     sweeping.main(sweep)
@@ -77,14 +77,14 @@ def test_what_is_left_out_says_why(monkeypatch, tmp_path, failing, error, why):
 
 
 def test_another_error_is_no_lack_of_memory(monkeypatch, tmp_path, failing):
-    monkeypatch.setattr(inference, "subject", lambda *_: None)
+    monkeypatch.setattr(workload, "subject", lambda *_: None)
     failing.append(RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
         sweeping.main(_sweep(monkeypatch, tmp_path, LARGE))
 
 
 def test_a_sweep_that_has_run_for_its_minutes_begins_no_case(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(inference, "subject", lambda *_: None)
+    monkeypatch.setattr(workload, "subject", lambda *_: None)
     sweep = _sweep(monkeypatch, tmp_path, TINY, LARGE, minutes=0)
     sweeping.main(sweep)
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 of 2 cases are left")
@@ -93,7 +93,7 @@ def test_a_sweep_that_has_run_for_its_minutes_begins_no_case(monkeypatch, tmp_pa
 
 def test_cases_of_another_precision_or_compiled_ones_are_others(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(inference, "subject", lambda *_: None)
+    monkeypatch.setattr(workload, "subject", lambda *_: None)
     monkeypatch.setattr(sweeping, "measured", lambda model, case, **options: asked.append(options) or "out of memory")
     for changes in ({}, {"precision": "bf16"}, {"compiled": True}, {}):
         sweeping.main(_sweep(monkeypatch, tmp_path, TINY, **changes))
@@ -120,14 +120,14 @@ def test_sizes_of_a_scaling_are_the_models(model, sizes):
 
 def test_a_scaling_reports_seconds_and_memory_and_leaves_out_what_does_not_fit(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling.Scaling, "cases", lambda self: {"frames": [TINY, LARGE], "size": [TINY]})
-    denoised, drawn = inference.denoised, []
+    denoised, drawn = workload.denoised, []
 
     def maybe(model, case, *others):
         if case == LARGE:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return denoised(model, case, *others)
 
-    monkeypatch.setattr(inference, "denoised", maybe)
+    monkeypatch.setattr(workload, "denoised", maybe)
     monkeypatch.setattr(scaling, "draw", lambda found, out: drawn.append((found, out)))
     scaling.main(scaling.Scaling(rounds=1, device="cpu", out=tmp_path / "picture.png"))
     *said, last = capsys.readouterr().out.splitlines()

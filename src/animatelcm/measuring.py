@@ -120,19 +120,19 @@ class Bench:
     """Print one JSON object instead of a table."""
 
     def run(self) -> None:
-        from animatelcm.bench import inference
+        from animatelcm.bench import comparison, tables, workload
         from animatelcm.memory import best_dtype
         from animatelcm.sampling import best_device
 
         device = best_device() if self.device == "auto" else self.device
         size = self.size or (64 if self.model == "emoji" else 512)
         asked = {name: getattr(self, name) for name in ("steps", "guidance", "frames", "batch", "steer")}
-        case = inference.Case(size=size, **asked)
+        case = workload.Case(size=size, **asked)
         dtype = best_dtype(self.precision, device)
-        model = inference.subject(self.model, device, dtype, adapters=bool(self.steer))
+        model = workload.subject(self.model, device, dtype, adapters=bool(self.steer))
         model.compile = self.compile
-        report = inference.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
-        say(json.dumps(report) if self.json else inference.table(report))
+        report = comparison.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
+        say(json.dumps(report) if self.json else tables.table(report))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from animatelcm import video
+from animatelcm.bench.workload import PROMPT, Case
 from animatelcm.model import VideoModel
 from animatelcm.nets.autoencoder import Autoencoder
 from animatelcm.nets.text_encoder import TextEncoder
 from animatelcm.nets.unet import VideoUNet
+from animatelcm.sampling import initial_noise
 from animatelcm.tokenizer import Tokenizer
 from animatelcm.weights.files import State
 
@@ -21,6 +25,18 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 _Network = TypeVar("_Network", bound=nn.Module)
+SCRIPT = """
+import sys
+import torch
+from diffusers import AnimateDiffPipeline
+from animatelcm import video
+folder, out, prompt, steps, frames, height, width = sys.argv[1:]
+pipe = AnimateDiffPipeline.from_pretrained(folder)
+made = pipe(prompt, num_frames=int(frames), num_inference_steps=int(steps), height=int(height), width=int(width),
+            guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="np").frames[0]
+video.write(video.to_uint8(made), out, fps=8, overwrite=True)
+"""
+"""A script of a user of diffusers, from a folder to a file; the file is written as ours is."""
 
 
 def _as_loaded(value: Tensor) -> Tensor:
@@ -101,3 +117,47 @@ def pipeline(model: VideoModel) -> AnimateDiffPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def compiled_pipeline(model: VideoModel) -> AnimateDiffPipeline:
+    """diffusers' pipeline, its network compiled for the shapes of one case. What was compiled for earlier ones is
+    forgotten: with it Dynamo would take shapes for variable from the second case on."""
+    torch._dynamo.reset()
+    pipe = pipeline(model)
+    pipe.unet = torch.compile(pipe.unet, dynamic=False)
+    return pipe
+
+
+def networks(pipe: AnimateDiffPipeline) -> list[nn.Module]:
+    """All that is loaded."""
+    return [pipe.unet, pipe.vae, pipe.text_encoder]
+
+
+def denoised(pipe: AnimateDiffPipeline, model: VideoModel, case: Case) -> Tensor:
+    """``workload.denoised`` by diffusers."""
+    return pipe(**_arguments(model, case), output_type="latent").frames
+
+
+def to_frames(pipe: AnimateDiffPipeline, model: VideoModel, case: Case) -> np.ndarray:
+    """``workload.to_frames`` by diffusers: (B, F, H, W, 3)."""
+    return video.to_uint8(pipe(**_arguments(model, case), output_type="np").frames)
+
+
+def to_file(pipe: AnimateDiffPipeline, model: VideoModel, case: Case, folder: str) -> None:
+    """``workload.to_file`` by diffusers, written as ours is."""
+    for i, frames in enumerate(to_frames(pipe, model, case)):
+        video.write(frames, Path(folder) / f"theirs-{i}.mp4", fps=model.facts.fps, overwrite=True)
+
+
+def _arguments(model: VideoModel, case: Case) -> dict[str, Any]:
+    noise = initial_noise(model, case.request(model))
+    return {
+        "prompt": [PROMPT] * case.batch,  # it ignores num_videos_per_prompt
+        "num_frames": case.frames,
+        "height": case.size,
+        "width": case.size,
+        "num_inference_steps": case.steps,
+        "guidance_scale": case.guidance,
+        "latents": noise.to(model.device, model.unet.dtype),
+        "generator": torch.Generator(model.device).manual_seed(0),
+    }
