@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from animatelcm.evaluate.bootstrap import average, ends, interval
-from animatelcm.evaluate.frechet import frechet_distance, gaussian
+from animatelcm.evaluate.bootstrap import average, ends, interval, paired
+from animatelcm.evaluate.frechet import distances, frechet_distance, gaussian
 
 
 def mean(values):
@@ -84,6 +84,60 @@ def test_the_interval_of_a_distance_is_about_what_as_many_other_clips_give():
     assert above >= 16
     endless = 30 * (1.5 - 1) ** 2
     assert found.bias == pytest.approx(float(others.mean()) - endless, rel=0.4)
+
+
+def averages(values):
+    return lambda rows: average(values[rows])
+
+
+def test_the_paired_deviation_of_means_is_that_of_the_differences():
+    prompts, noise = 10 * normal(400, seed=3), normal(400, seed=4)
+    found = paired(averages(prompts), averages(prompts + 1.5 + noise), 400, resamples=3000)
+    assert found.value == pytest.approx(1.5 + mean(noise), abs=1e-12)
+    expected = float(noise.std(correction=0)) / 20
+    assert found.deviation == pytest.approx(expected, rel=0.08)
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((1.96 * expected,) * 2, rel=0.12)
+    apart = [interval(mean, each) for each in (prompts, prompts + noise)]
+    assert min(each.high - each.low for each in apart) > 8 * (found.high - found.low)
+
+
+def test_what_prompts_do_to_both_alike_leaves_no_doubt():
+    prompts = 10 * normal(50, seed=5)
+    found = paired(averages(prompts), averages(prompts + 2), 50)
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2), abs=1e-12)
+    assert found.deviation < 1e-12
+    assert paired(averages(prompts), averages(prompts.flip(0)), 50).deviation > 1  # the same figures, other pairs
+
+
+def test_paired_distances_are_told_apart_where_each_alone_is_not():
+    """Of one dimension the distance is (difference of means)^2 + (difference of deviations)^2."""
+    prompts, real = 4 * normal(300, 1, seed=6), gaussian(normal(500, 1, seed=7))
+    moved = prompts + 0.2  # prompts alone move the first term by 2 * mean * 4 / sqrt(300), the second by more
+    first, second = (distances(each, real) for each in (prompts, moved))
+    found = paired(first, second, 300, resamples=400)
+    offset = mean(prompts) - float(real.mean)
+    assert found.value == pytest.approx(0.2**2 + 2 * 0.2 * offset, abs=1e-9)
+    assert found.deviation == pytest.approx(2 * 0.2 * float(prompts.std(correction=0)) / 300**0.5, rel=0.1)
+    alone = interval(second, torch.arange(300), resamples=400)
+    assert alone.high - alone.low > 10 * 4 * found.deviation
+
+
+def test_pairs_are_drawn_together_by_address():
+    seen = []
+    paired(lambda rows: seen.append(rows) or 0.0, lambda rows: seen.append(rows) or 0.0, 9, resamples=3)
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    assert len({tuple(rows.tolist()) for rows in seen}) == 4  # all clips, then three draws
+    x, y = averages(normal(30, seed=1)), averages(normal(30, seed=2))
+    assert paired(x, y, 30, resamples=20) == paired(x, y, 30, resamples=20) != paired(x, y, 30, resamples=20, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [({"n": 1}, "got 1"), ({"n": 4, "resamples": 1}, "resamples=1"), ({"n": 4, "level": 1.0}, r"level=1\.0")],
+)
+def test_senseless_pairs_are_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        paired(averages(torch.zeros(4)), averages(torch.zeros(4)), **wrong)
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,9 @@ def test_rows_are_kept_and_measured_once(fresh_model, tmp_path, monkeypatch):
     ]
     assert [r.num_frames for r in asked] == [1, 1, 1, None, None, None]
     assert sorted(p.name for p in (tmp_path / "rows").iterdir()) == [
-        "ddim@1-4.json",
-        "images-ddim@1-4.json",
-        "images-lcm@1.json",
-        "lcm@1.json",
+        f"{name}.{suffix}"
+        for name in ("ddim@1-4", "images-ddim@1-4", "images-lcm@1", "lcm@1")
+        for suffix in ("json", "safetensors")
     ]
     asked.clear()
     assert evaluate(fresh_model, "m", settings=settings, **options) == both

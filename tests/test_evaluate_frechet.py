@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from animatelcm.evaluate.frechet import Gaussian, frechet_distance, gaussian
+from animatelcm.evaluate.frechet import Gaussian, distances, frechet_distance, gaussian
 
 
 def cloud(n, dimensions, seed, rank=None):
@@ -148,3 +148,26 @@ def test_too_few_features_and_unequal_dimensions_are_refused():
         gaussian(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="4 and 3 dimensions"):
         frechet_distance(gaussian(cloud(9, 4, seed=0)), gaussian(cloud(9, 3, seed=0)))
+
+
+@pytest.mark.parametrize(("count", "dimensions", "real"), [(12, 40, 20), (12, 40, 90), (30, 5, 9), (2, 3, 4)])
+def test_the_distance_of_drawn_rows_is_that_of_their_gaussian(count, dimensions, real):
+    features, to = 3 + cloud(count, dimensions, 1), gaussian(cloud(real, dimensions, 2))
+    distance, source = distances(features, to), torch.Generator().manual_seed(3)
+    assert distance(torch.arange(count)) == pytest.approx(frechet_distance(gaussian(features), to), rel=1e-9)
+    for length in (count, 2 * count, 2, 1 + count // 2):
+        rows = torch.randint(count, (length,), generator=source)
+        expected = frechet_distance(gaussian(features[rows]), to)
+        assert distance(rows) == pytest.approx(expected, rel=1e-9), length
+
+
+def test_rows_that_are_all_one_have_its_distance():
+    features, to = cloud(6, 8, 4), gaussian(cloud(9, 8, 5))
+    expected = float((features[2] - to.mean).square().sum() + to.cov.trace())
+    assert distances(features, to)(torch.full((6,), 2)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("features", "said"), [(torch.zeros(3, 5), "5 and 4 dimensions"), (torch.zeros(1, 4), "two")])
+def test_rows_of_what_has_no_distance_are_refused(features, said):
+    with pytest.raises(ValueError, match=said):
+        distances(features, gaussian(cloud(9, 4, 5)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from animatelcm.data.emoji import drawn
 from animatelcm.data.sprites import PACK
+from animatelcm.evaluate.bootstrap import average, interval
+from animatelcm.evaluate.frechet import frechet_distance, gaussian
 from animatelcm.evaluate.judge import FLOOR_SEED, PROMPT_SEED, Judge, Protocol
 from animatelcm.evaluate.prompts import prompts
 from animatelcm.evaluate.report import facts_hash
@@ -64,8 +67,32 @@ def test_intervals_hold_the_figure_and_are_as_wide_as_the_binomial_ones(judge, o
     assert figures["intervals"].keys() == {"concept_accuracy"}
     low, high = of_real["intervals"]["fvd_like"]
     assert low < of_real["fvd_like"] < high
+    plain = interval(
+        lambda x: frechet_distance(gaussian(x), judge.reference.real), of_real["samples"]["fvd_like"], resamples=200
+    )
+    assert (low, high) == pytest.approx((plain.low, plain.high), rel=1e-9)
     assert of_real["intervals"]["motion_accuracy"] == (1, 1)
     assert of_real["intervals"]["motion_amount"] == pytest.approx((1, 1))
+
+
+def test_figures_are_made_of_what_each_clip_brings(judge):
+    shots, clips = real(PROTOCOL)
+    swapped = [clips[i - 1] if i % 3 == 0 else clip for i, clip in enumerate(clips)]
+    figures = judge.figures("clips", shots, swapped)
+    samples = figures["samples"]
+    for name in ("concept_accuracy", "motion_accuracy", "motion_amount"):
+        assert average(samples[name]) == pytest.approx(figures[name], abs=1e-12)
+    assert figures["fvd_like"] == frechet_distance(gaussian(samples["fvd_like"]), judge.reference.real)
+    shapes = {name: tuple(sample.shape) for name, sample in samples.items()}
+    assert shapes == {
+        "concept_accuracy": (12,),
+        "motion_accuracy": (figures["named"],),
+        "motion_amount": (12, 2),
+        "fvd_like": (12, 2560),
+    }
+    kept = [i for i in range(12) if i % 3]
+    alone = judge.figures("plain", [shots[i] for i in kept], [clips[i] for i in kept])["samples"]
+    assert torch.equal(alone["concept_accuracy"], samples["concept_accuracy"][kept])  # clip by clip
 
 
 def test_the_floor_is_the_distance_of_real_clips(judge):

@@ -47,10 +47,34 @@ def test_emoji_measures_once_and_prints_one_object(model, four_concepts, tmp_pat
     assert json.loads((tmp_path / "rows" / "ddim@1-2.json").read_text()) == first["rows"][3]
     assert len(list((tmp_path / "clips").rglob("*.mp4"))) == 2  # one of each setting
     shown, _ = run(words, capsys)
-    assert shown.count("\n") == 2 + 4 + 2  # and the protocol
-    assert shown.count(model) == 4
+    assert shown.count("\n") == 2 + 4 + 2 + 1 + 2 + 2 + 2  # and the protocol; then a line a kind, and what they are
+    assert shown.count(model) == 4 + 2 * 2
     assert json.loads((tmp_path / "report.json").read_text()) == first  # the seconds too: nothing was measured again
     assert "choose another folder, or --force" in fails([*words, "--real", "4"], capsys)
+
+
+def test_rows_of_two_models_are_told_apart_by_their_files(model, four_concepts, tmp_path, capsys):
+    words = ["emoji", "--model", model, "--clips", "3", "--real", "4", "--keep", "0", "--out"]
+    several = json.loads(run([*words, tmp_path / "a", "--settings", "lcm@1", "ddim@1", "--json"], capsys)[0])
+    (pair,) = several["paired"]
+    run([*words, tmp_path / "b", "--settings", "ddim@1"], capsys)
+    first, second = tmp_path / "a" / "rows" / "lcm@1.json", tmp_path / "b" / "rows" / "ddim@1.json"
+    said = json.loads(run(["compare", first, second, first, "--json"], capsys)[0])["paired"]
+    assert said[0] == pair  # the same clips, made again elsewhere
+    rows = {row["setting"]: row for row in several["rows"]}
+    for name, found in pair["figures"].items():
+        assert found["value"] == pytest.approx(rows["ddim@1"][name] - rows["lcm@1"][name], rel=1e-6, abs=1e-9)
+    assert pair["figures"].keys() >= {"fvd_like", "concept_accuracy", "motion_amount"}
+    assert pair["figures"]["fvd_like"]["deviation"] > 0
+    assert all(found["value"] == found["deviation"] == 0 for found in said[1]["figures"].values())
+    shown, _ = run(["compare", first, second], capsys)
+    assert shown.splitlines()[2].startswith(f"| clips | {model} ddim@1 less {model} lcm@1 | ")
+    for few in ([], [first]):
+        assert f"{len(few)} rows are no pair; give two or more" in fails(["compare", *few], capsys)
+    assert "there is no row" in fails(["compare", first, tmp_path], capsys)
+    run([*words, tmp_path / "c", "--real", "5"], capsys)
+    (other,) = (tmp_path / "c" / "rows").glob("*.json")
+    assert "measure both rows by the same flags" in fails(["compare", first, other], capsys)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tyro.conf import AvoidSubcommands, arg
 from animatelcm import __version__, recipes
 from animatelcm.config import TrainConfig
 from animatelcm.evaluating import EvalClipsim, EvalFvd, EvalStability, EvalUcf101, EvalVbench
-from animatelcm.measuring import Bench, EvalEmoji, Report, Reproduce
+from animatelcm.measuring import Bench, EvalCompare, EvalEmoji, Report, Reproduce
 from animatelcm.terminal import say
 from animatelcm.verbs import Batch, Convert, Decode, Fuse, Generate, Inspect
 
@@ -87,8 +87,9 @@ PROTOCOLS = {
     "ucf101": EvalUcf101,
     "vbench": EvalVbench,
     "stability": EvalStability,
+    "compare": EvalCompare,
 }
-"""Of ``eval``."""
+"""Of ``eval``; compare measures nothing itself."""
 
 
 def _run(words: list[str]) -> None:
@@ -105,7 +106,8 @@ def _run(words: list[str]) -> None:
 
 
 def _eval() -> None:
-    """Measure how good videos are: animatelcm eval PROTOCOL (emoji, fvd, clipsim, ucf101, vbench, stability)."""
+    """Measure how good videos are: animatelcm eval PROTOCOL (emoji, fvd, clipsim, ucf101, vbench, stability), or eval
+    compare."""
 
 
 def _eval_verb(words: list[str]) -> None:

@@ -52,7 +52,7 @@ class EvalEmoji:
     """Print one JSON object instead of a table."""
 
     def run(self) -> None:
-        from animatelcm.evaluate import emoji
+        from animatelcm.evaluate import emoji, paired
         from animatelcm.evaluate.judge import Protocol
         from animatelcm.evaluate.report import file_stem, summary, table, write_json
         from animatelcm.images import at_home, write_image
@@ -80,9 +80,32 @@ class EvalEmoji:
             for setting in settings if self.sheet else []:
                 sheet = emoji.contact_sheet(model, setting, progress)
                 write_image(sheet, out / f"sheet-{file_stem(str(setting))}.png", overwrite=True)
-        report = summary(rows, protocol.facts, emoji.versions())
+        pairs = paired.to_first(out, rows)
+        report = summary(rows, protocol.facts, emoji.versions()) | {"paired": [pair.to_json() for pair in pairs]}
         write_json(report, out / "report.json")
-        say(json.dumps(report) if self.json else table(rows))
+        tables = [table(rows), *([paired.pair_table(pairs)] if pairs else [])]
+        say(json.dumps(report) if self.json else "\n\n".join(tables))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCompare:
+    """Tell rows of eval emoji apart, paired by prompt."""
+
+    rows: Positional[tuple[Path, ...]]
+    """OUT/rows/SETTING.json, two or more, of any models but of the same prompts; the first is taken from each other."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def run(self) -> None:
+        from animatelcm.evaluate import paired
+        from animatelcm.images import at_home
+
+        if len(self.rows) < 2:
+            raise ValueError(f"{len(self.rows)} rows are no pair; give two or more, OUT/rows/SETTING.json each")
+        first, *others = map(at_home, self.rows)
+        pairs = [paired.compare(first, other) for other in others]
+        said = {"paired": [pair.to_json() for pair in pairs]}
+        say(json.dumps(said) if self.json else paired.pair_table(pairs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
 from animatelcm.evaluate import steered
 from animatelcm.evaluate.bootstrap import average, ends
 from animatelcm.evaluate.judge import Judge, Progress, Protocol, silent
+from animatelcm.evaluate.paired import keep_samples
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
 from animatelcm.evaluate.takes import Take, keep_clips
@@ -125,7 +126,8 @@ def evaluate(
     force: bool = False,
     progress: Progress = silent,
 ) -> list[Row]:
-    """One row for every setting and kind of prompt, written to ``out / "rows"`` as soon as it is measured.
+    """One row for every setting and kind of prompt, written to ``out / "rows"`` as soon as it is measured, and beside
+    it what each clip brings to its figures, by which rows are told apart (``paired``).
 
     A row of the same model and protocol that lies there is taken as it is; ``force`` replaces those of others.
     ``ceilings`` adds what the measurement itself is worth: rows of the real clips of the prompts, and of these
@@ -156,8 +158,10 @@ def evaluate(
             shots, takes = _made(kind, name, makers[name], judge)
             options = {"protocol": protocol, "source": source, "fps": model.facts.fps}
             keep_clips(out, kind, name, shots[:keep], takes[:keep], **options)
-            row = Row(**about, kind=kind, setting=name, **_measured(kind, shots, takes, judge))
-            write_row(row, row_path(out, kind, name))
+            figures, samples = _measured(kind, shots, takes, judge)
+            row, path = Row(**about, kind=kind, setting=name, **figures), row_path(out, kind, name)
+            keep_samples(samples, path, row, shots, judge.real_file.name)
+            write_row(row, path)
         rows.append(row)
     return rows
 
@@ -194,12 +198,16 @@ def _made(kind: Kind, name: str, make: Maker, judge: Judge) -> tuple[list[Shot],
     return shots, takes
 
 
-def _measured(kind: Kind, shots: list[Shot], takes: list[Take], judge: Judge) -> dict[str, Any]:
+def _measured(
+    kind: Kind, shots: list[Shot], takes: list[Take], judge: Judge
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The figures of a row, and what each clip brings to them."""
     seconds = [take.seconds for take in takes if take.seconds is not None]
     made = {"seconds": median(seconds) if seconds else None, "evaluations": takes[0].evaluations}
-    figures, samples = judge.figures(kind, shots, [take.frames for take in takes]), _steered(judge, shots, takes)
-    figures["intervals"] |= {name: found for name, each in samples.items() if (found := ends(average, each))}
-    return {**made, **figures, **{name: average(each) for name, each in samples.items()}}
+    figures, guided = judge.figures(kind, shots, [take.frames for take in takes]), _steered(judge, shots, takes)
+    figures["intervals"] |= {name: found for name, each in guided.items() if (found := ends(average, each))}
+    samples = figures.pop("samples") | guided
+    return {**made, **figures, **{name: average(each) for name, each in guided.items()}}, samples
 
 
 def _steered(judge: Judge, shots: list[Shot], takes: list[Take]) -> dict[str, Tensor]:

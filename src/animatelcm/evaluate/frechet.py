@@ -7,6 +7,7 @@ roots of the eigenvalues, and nothing is added to a diagonal. ``Gaussian.rank`` 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -72,8 +73,39 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     With A = X^T X and B = Y^T Y the last trace is the sum of the singular values of X Y^T: the roots of the same
     symmetric eigenvalues, without the root of a rounding error where A or B has no full rank.
     """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared; use one network")
+    _check_dimensions(a, b)
     shared = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     spread = a.factor.square().sum() + b.factor.square().sum()
     return max(float((a.mean - b.mean).square().sum() + spread - 2 * shared), 0.0)
+
+
+def distances(features: Tensor, to: Gaussian) -> Callable[[Tensor], float]:
+    """Rows -> ``frechet_distance(gaussian(features[rows]), to)``, for the many draws of a bootstrap: of features (N, D)
+    some rows, int64 (n,), that may repeat.
+
+    Products of all pairs are taken once, so that a draw costs the eigenvalues of a matrix of the m different rows in
+    it, (m, m), whatever D and ``to.n`` are.
+    """
+    whole = gaussian(features)
+    _check_dimensions(whole, to)
+    away, seen = features.double() - to.mean, (features.double() - whole.mean) @ to.factor.T
+    products, shared, spread = away @ away.T, seen @ seen.T, to.factor.square().sum()
+
+    def distance(rows: Tensor) -> float:
+        found, counts = rows.unique(return_counts=True)
+        n, weights = len(rows), counts.double() / len(rows)
+        own, both = products[found][:, found], shared[found][:, found]
+        mean, mid = weights @ own @ weights, both @ weights
+        trace = (weights @ own.diagonal() - mean) * n / (n - 1)
+        both = both - mid - mid[:, None] + weights @ mid
+        values = torch.linalg.eigvalsh(both * weights.outer(weights).sqrt() * n / (n - 1))
+        rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps
+        roots = values.where(values > rounding, 0.0).sqrt().sum()
+        return max(float(mean + trace + spread - 2 * roots), 0.0)
+
+    return distance
+
+
+def _check_dimensions(a: Gaussian, b: Gaussian) -> None:
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared; use one network")

@@ -28,7 +28,7 @@ from animatelcm.data.sprites import CLIP_FRAMES, SMALL_CONCEPTS, SpritePack
 from animatelcm.evaluate.bootstrap import average, ends
 from animatelcm.evaluate.concepts import ConceptClassifier
 from animatelcm.evaluate.features import JUDGED, SIDE, clip_features, network_hash
-from animatelcm.evaluate.frechet import Gaussian, frechet_distance, gaussian
+from animatelcm.evaluate.frechet import Gaussian, distances, frechet_distance, gaussian
 from animatelcm.evaluate.motion import classify, motion_amount
 from animatelcm.evaluate.prompts import PER_CONCEPT, PER_MOTION
 from animatelcm.evaluate.report import Kind, Split, Steer, facts_hash
@@ -36,6 +36,9 @@ from animatelcm.weights.files import read_safetensors, write_safetensors
 
 VERSION = 1  # of the protocol: to be raised by whoever changes what a figure is
 PROMPT_SEED, REAL_SEED, FLOOR_SEED, CHOICE_SEED = 1001, 1002, 1003, 1004
+
+DRAWS = 200
+"""Of a distance's bootstrap."""
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it, of how much) -> None."""
@@ -139,9 +142,17 @@ class Judge:
         others = self._real_features(FLOOR_SEED, self.protocol.clips)
         return Reference(gaussian(real), frechet_distance(gaussian(others), gaussian(real)))
 
-    def _real_features(self, seed: int, length: int) -> Tensor:
+    @property
+    def real_file(self) -> Path:
+        """Where the features of the real clips are kept that generated ones are held against: "features" (N, 2560)."""
+        return self._kept(REAL_SEED, self.protocol.real)
+
+    def _kept(self, seed: int, length: int) -> Path:
         name = facts_hash({**self.protocol.judging, "seed": seed, "length": length})
-        path = self.folder / f"real-{name}.safetensors"
+        return self.folder / f"real-{name}.safetensors"
+
+    def _real_features(self, seed: int, length: int) -> Tensor:
+        path = self._kept(seed, length)
         if not path.is_file():
             data = self.protocol.data(seed, length)
             features = self._features((data[i].frames for i in range(length)), "real clips", length)
@@ -163,7 +174,8 @@ class Judge:
         return frechet_distance(gaussian(features), self.reference.real)
 
     def figures(self, kind: Kind, shots: Sequence[Shot], clips: Sequence[np.ndarray]) -> dict[str, Any]:
-        """The fields of a ``Row`` that judge clips by the shots they were asked for."""
+        """The fields of a ``Row`` that judge clips by the shots they were asked for; and "samples", what each clip
+        brings to a figure: by its name a number (N,), two of a ratio (N, 2), or features (N, 2560) of the distance."""
         judged = np.concatenate([clip[JUDGED] for clip in clips])
         asked = [shot.slug for shot, clip in zip(shots, clips, strict=True) for _ in clip[JUDGED]]
         seen = [self.classifier.concepts[i] for i in self.classifier.predict(judged)]
@@ -172,17 +184,19 @@ class Judge:
         shown = [classify(clip) for _, clip in named]
         motions = _missed([name for name, _ in named], shown)
         right = torch.tensor([a == b for a, b in zip(asked, seen, strict=True)]).double()
-        samples = {  # a row a clip
-            "concept_accuracy": right.view(len(clips), -1),
+        samples = {
+            "concept_accuracy": right.view(len(clips), -1).mean(dim=1),
             "motion_accuracy": torch.tensor([a == b for (a, _), b in zip(named, shown, strict=True)]).double(),
         }
-        intervals = {name: ends(lambda drawn: float(drawn.mean()), each, (0, 1)) for name, each in samples.items()}
+        intervals = {name: ends(average, each, (0, 1)) for name, each in samples.items()}
         moved = None if kind == "images" else self._motion_amounts(shots, clips)
         if moved is not None:
+            samples["motion_amount"] = moved
             intervals["motion_amount"] = ends(average, moved)
         if kind == "clips":
-            features = self._features(clips, "features", len(clips))
-            intervals["fvd_like"] = ends(self._distance, features, (0, math.inf), resamples=200)
+            samples["fvd_like"] = features = self._features(clips, "features", len(clips))
+            distance, numbers = distances(features, self.reference.real), torch.arange(len(clips))
+            intervals["fvd_like"] = ends(distance, numbers, (0, math.inf), resamples=DRAWS)
         return {
             "n": len(clips),
             "concept_accuracy": 1 - concepts.total() / len(asked),
@@ -194,6 +208,7 @@ class Judge:
             "fvd_like": self._distance(features) if kind == "clips" else None,
             "fvd_floor": self.reference.floor if kind == "clips" else None,
             "intervals": {name: found for name, found in intervals.items() if found},
+            "samples": samples,
         }
 
     def _motion_amounts(self, shots: Sequence[Shot], clips: Sequence[np.ndarray]) -> Tensor:
