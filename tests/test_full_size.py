@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +68,40 @@ print(json.dumps({"seconds": time.perf_counter() - began, "shape": video.frames.
 """
 STEERED = """
 import json, resource, sys, time
-import numpy as np, torch
-from animatelcm import Pipeline
-base, motion, controlnet, image, steered = sys.argv[1:]
+import torch
+from animatelcm import Pipeline, decoding
+base, motion, controlnet, image, folder, steered = sys.argv[1:]
 adapters = ("canny=" + controlnet,) if steered == "1" else ()
 pipe = Pipeline.from_pretrained(base, motion=motion, adapter=adapters, keep=False)
+whole = decoding.whole
+
+def keep(name, decode):
+    def kept(model, draft):
+        torch.save(draft.latents, f"{folder}/{name}.pt")
+        return decode(model, draft)
+    decoding.whole = kept
+
+def made(**extra):
+    (video,) = pipe("a cat", num_frames=2, num_inference_steps=1, seed=1, **extra)
+    return video
+
+keep("both" if steered == "1" else "plain", whole)
 extra = {"image": image, "control": ("canny=" + image,)} if steered == "1" else {}
+plain = {"colour_match": 0.0} if steered == "1" else {}
 began = time.perf_counter()
-(video,) = pipe("a cat", num_frames=2, num_inference_steps=1, **extra)
+video = made(**extra, **plain)
 seconds = time.perf_counter() - began
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"seconds": seconds, "peak": peak, "shape": video.frames.shape, "phases": video.seconds}))
+torch.save(torch.from_numpy(video.frames), f"{folder}/frames_{steered}.pt")
+if steered == "1":
+    for name, value in extra.items():
+        keep(name, lambda model, draft: None)
+        made(**{name: value})
+    for parameter in pipe.model.adapters["i2v"].parameters():
+        torch.nn.init.zeros_(parameter)
+    keep("neither", lambda model, draft: None)
+    made(image=image, control=(f"canny={image}:0",), motion_scale=0.0)
 """
 
 
@@ -140,13 +164,28 @@ def test_a_full_size_video_is_made_to_the_end(files):
 
 @pytest.mark.slow
 def test_a_full_size_picture_is_animated_under_a_controlnet(files, tmp_path):
+    """Each adapter acts, alone and beside the other, and neither where it has no strength."""
     motion = tmp_path / "i2v.safetensors"
     save_file(standins.fill(standins.animatelcm_i2v(WIDTHS), torch.float16, seed=7), motion)
     torch.manual_seed(0)
-    ControlNetModel(block_out_channels=WIDTHS, cross_attention_dim=768).half().save_pretrained(tmp_path / "canny")
+    network = ControlNetModel(block_out_channels=WIDTHS, cross_attention_dim=768)
+    for parameter in network.parameters():
+        if not parameter.any():  # a fresh one adds nothing
+            torch.nn.init.normal_(parameter, std=0.02)
+    network.half().save_pretrained(tmp_path / "canny")
     picture = tmp_path / "picture.png"
     write_image(np.random.default_rng(0).integers(0, 256, (512, 640, 3), dtype=np.uint8), picture)
     for steered in "01":
-        made = _run(STEERED, files[0], str(motion), str(tmp_path / "canny"), str(picture), steered)
+        made = _run(STEERED, files[0], str(motion), str(tmp_path / "canny"), str(picture), str(tmp_path), steered)
         sys.stdout.write(f"\none step of two frames, {'steered' if steered == '1' else 'plain'}: {made}\n")
         assert made["shape"] == [2, 512, 512, 3]
+
+    latents = {name: torch.load(tmp_path / f"{name}.pt") for name in ("plain", "image", "control", "both", "neither")}
+    plain = latents["plain"]
+    assert plain.isfinite().all()
+    for one, two in combinations(("plain", "image", "control", "both"), 2):
+        apart = float((latents[one] - latents[two]).std() / plain.std())
+        sys.stdout.write(f"latents, {one} against {two}: {apart:.1e} of their spread apart\n")
+        assert apart > 1e-4
+    assert torch.equal(latents["neither"], plain)
+    assert not torch.equal(*(torch.load(tmp_path / f"frames_{steered}.pt") for steered in "01"))
