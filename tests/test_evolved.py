@@ -97,7 +97,18 @@ def test_both_read_one_file_alike(model, base, tmp_path):
     made = convert(model[1], tmp_path / "half.safetensors", to="animatediff", part="i2v").path
     theirs = evolved.loaded(made, SMALL)
     assert theirs.ref_drift == 0.5
-    hold(load_sum(ModelSource(model=str(base), motion=str(made))).adapters["i2v"], theirs, (9, 13), 0.8)
+    again = load_sum(ModelSource(model=str(base), motion=str(made))).adapters["i2v"]
+    assert again.config.motion_scale == 0.3
+    hold(again, theirs, (9, 13), 0.8)
+
+
+def test_the_encoder_of_a_many_step_model_is_read_there_too(model, tmp_path):
+    """With positions it would be taken for an AnimateDiff's, which has none."""
+    many = replace(model[0], facts=replace(model[0].facts, sampler="ddim"))
+    save(many, tmp_path / "model", dtype=torch.float32)
+    out = tmp_path / "many.safetensors"
+    made = convert(tmp_path / "model", out, to="animatediff", part="i2v", dtype=torch.float32).path
+    hold(many.adapters["i2v"], evolved.loaded(made, SMALL), (8, 8), None)
 
 
 def test_at_full_size_names_and_shapes_are_theirs():

@@ -156,7 +156,7 @@ def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
     model = replace(model, unet=unet, teacher_motion={}, kept={}, facts=replace(model.facts, teacher={}))
     others = {name: network for name, network in model.adapters.items() if name != IMAGE}
     if found.image_encoder:
-        others[IMAGE] = _image_encoder(model, found.image_encoder, dtype, str(place))
+        others[IMAGE] = _image_encoder(model, found.image_encoder, said, dtype, str(place))
     elif IMAGE in model.adapters:
         LOG.info("%s: the model's image encoder was made for other temporal layers, and is left out", place.name)
     model.adapters = others
@@ -172,12 +172,11 @@ def with_temporal_layers(model: VideoModel, place: Path) -> VideoModel:
     return model
 
 
-def _image_encoder(model: VideoModel, state: State, dtype: torch.dtype, where: str) -> nn.Module:
+def _image_encoder(model: VideoModel, state: State, said: MotionFacts, dtype: torch.dtype, where: str) -> nn.Module:
     """AnimateLCM's encoder of a picture, for this model's widths and latents."""
-    config = ImageEncoderConfig(
-        channels=model.unet.config.block_out_channels, in_channels=model.vae.config.latent_channels
-    )
-    return built(config.to_json(), dict(state), dtype, f"{where}: image encoder")
+    widths, latents = model.unet.config.block_out_channels, model.vae.config.latent_channels
+    config = ImageEncoderConfig(channels=widths, in_channels=latents).to_json() | dict(said.image_encoder)
+    return built(config, dict(state), dtype, f"{where}: image encoder")
 
 
 def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> nn.Module:
@@ -195,7 +194,8 @@ def _adapter(model: VideoModel, name: str, place: Path, dtype: torch.dtype) -> n
         )
     if found.channels != tuple(widths):
         raise ValueError(f"{place}: an image encoder for widths {found.channels}, and this model has {widths}")
-    return _image_encoder(model, found.image_encoder, dtype, str(place))
+    said = read_facts(weights_file(place)) or MotionFacts()
+    return _image_encoder(model, found.image_encoder, said, dtype, str(place))
 
 
 def _decoder(model: VideoModel, place: Path, dtype: torch.dtype) -> AutoencoderTiny:

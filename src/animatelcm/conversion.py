@@ -23,7 +23,7 @@ from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.saving import check_folder, new_folder, save, scheduler_of, write_json
 from animatelcm.schedule import NoiseSchedule
-from animatelcm.weights.facts import MOTION, NOISE, SAMPLING, MotionFacts, read_facts
+from animatelcm.weights.facts import IMAGE_ENCODER, MOTION, NOISE, SAMPLING, MotionFacts, read_facts
 from animatelcm.weights.families import family_of
 from animatelcm.weights.files import State, read_header, read_metadata, sha256
 from animatelcm.weights.fuse import check
@@ -139,9 +139,13 @@ def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> C
     folder = place / ("motion_adapter_teacher" if part == "teacher" else "motion_adapter")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{place} has no {folder.name}; take a model that has temporal layers")
-    found = read_motion(folder)
+    found, encoder = read_motion(folder), {}
     if part == IMAGE:
-        found = replace(found, image_encoder=_image_encoder(place))
+        state, config = _image_encoder(place)
+        found, encoder = (
+            replace(found, image_encoder=state),
+            {key: config[key] for key in IMAGE_ENCODER if key in config},
+        )
     schedule = NoiseSchedule.from_diffusers(read_json(place / "scheduler" / "scheduler_config.json"))
     facts = read_facts_file(place, str(place))
     facts = facts.of_teacher() if part == "teacher" else facts
@@ -149,13 +153,15 @@ def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> C
         motion={key: value for key, value in motion_settings(found).items() if key in MOTION},
         noise={key: getattr(schedule, key) for key in NOISE},
         sampling={key: getattr(facts, key) for key in SAMPLING},
-        positions=facts.sampler != "lcm",
+        image_encoder=encoder,
+        positions=facts.sampler != "lcm" and part != IMAGE,  # in a file with positions other tools look for no encoder
     )
     return _write_motion_file(out, found, dtype, said)
 
 
-def _image_encoder(place: Path) -> State:
-    """A model folder's image encoder, if it is of AnimateLCM's kind, of which such a file says nothing else."""
+def _image_encoder(place: Path) -> tuple[State, dict[str, float]]:
+    """A model folder's image encoder, if it is of AnimateLCM's kind, of which such a file's tensors say nothing else,
+    and what its header says."""
     folder = place / ADAPTERS / IMAGE
     if not (folder / "config.json").is_file():
         raise ValueError(f"{place} has no image encoder ({ADAPTERS}/{IMAGE}); leave part={IMAGE!r} out, or train one")
@@ -166,7 +172,8 @@ def _image_encoder(place: Path) -> State:
             f"{folder} is of another kind than AnimateLCM's (a latent at every frame), which a file of motion modules "
             "cannot say; keep it in its folder"
         )
-    return read_part(folder, "diffusion_pytorch_model")
+    said = {key: config[key] for key in IMAGE_ENCODER if key in config}
+    return read_part(folder, "diffusion_pytorch_model"), said
 
 
 def _from_motion(place: Path, out: Path, to: Target, dtype: torch.dtype) -> Converted:

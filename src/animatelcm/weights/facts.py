@@ -22,6 +22,7 @@ MOTION = {
 }
 NOISE = {"beta_schedule": str, "beta_start": float, "beta_end": float, "solver_steps": int}
 SAMPLING = {"num_inference_steps": int, "guidance_scale": float, "sampler": str}
+IMAGE_ENCODER = {"motion_scale": float}
 RANGES = {
     "motion_num_attention_heads": (1, 128),
     "motion_norm_num_groups": (1, 1024),
@@ -31,6 +32,7 @@ RANGES = {
     "solver_steps": (1, 1000),
     "num_inference_steps": (1, 1000),
     "guidance_scale": (1, 100),
+    "motion_scale": (0, 4),
 }
 WORDS = {
     "motion_norm": ("per_frame", "joint"),
@@ -49,13 +51,14 @@ class MotionFacts:
     """Fields of ``NoiseSchedule``."""
     sampling: Mapping[str, float | str] = field(default_factory=dict)
     """Fields of ``Facts``."""
+    image_encoder: Mapping[str, float | str] = field(default_factory=dict)
+    """Fields of ``ImageEncoderConfig``, where a file holds an image encoder."""
     positions: bool = True
     """Whether the module's file in AnimateDiff's layout holds positions; AnimateLCM's does not."""
 
     def to_metadata(self) -> dict[str, str]:
         """The header entry of a file."""
-        parts = {"motion": self.motion, "noise": self.noise, "sampling": self.sampling}
-        found = {name: dict(part) for name, part in parts.items() if part}
+        found = {name: dict(part) for name in _PARTS if (part := getattr(self, name))}
         return {KEY: json.dumps({**found, "positions": self.positions})}
 
 
@@ -75,7 +78,7 @@ def read_facts(file: Path) -> MotionFacts | None:
         raise ValueError(f"{file}: what its header says under {KEY!r} is damaged ({error}); fetch it again") from error
 
 
-_PARTS = {"motion": MOTION, "noise": NOISE, "sampling": SAMPLING}
+_PARTS = {"motion": MOTION, "noise": NOISE, "sampling": SAMPLING, "image_encoder": IMAGE_ENCODER}
 
 
 def _checked(part: Mapping[str, object], known: Mapping[str, type]) -> dict[str, float | str]:
