@@ -168,7 +168,7 @@ class Reproduce:
     quick: bool = False
     """Sizes that show that everything runs; figures mean nothing then, and are marked so."""
     clips: int | None = None
-    """Generated for each row. Default: 64, or 8 where it is quick."""
+    """Generated for each row. Default: 64, of the ablations 256, or 8 where it is quick."""
     device: str = "auto"
     """cpu, cuda, or auto: the fastest here."""
 
@@ -180,7 +180,7 @@ class Reproduce:
         from animatelcm.reproduce.study import QUICK, Sizes, Study
 
         sizes, progress = QUICK if self.quick else Sizes(), partial(bars, quiet=False)
-        sizes = replace(sizes, clips=self.clips or sizes.clips)
+        sizes = sizes if self.clips is None else replace(sizes, clips=self.clips, ablation_clips=self.clips)
         with told(quiet=False):
             page = reproduce(Study(out=at_home(self.out), sizes=sizes, device=self.device, bars=progress))
         say(f"{page}; animatelcm report {self.out} makes it a page to look at")

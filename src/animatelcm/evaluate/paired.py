@@ -108,7 +108,7 @@ def pair_table(pairs: Sequence[Pair]) -> str:
 def _shown(name: str, found: Difference | None) -> str:
     if found is None:
         return "-"
-    value, deviation, low, high = (number * (100 if name in SHARES else 1) for number in found[:4])
+    value, deviation, low, high = (round(number * (100 if name in SHARES else 1), 9) for number in found[:4])
     return f"{value:+.3g} +- {deviation:.2g} ({low:.3g} .. {high:.3g})"
 
 

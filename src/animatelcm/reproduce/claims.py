@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from animatelcm.evaluate.paired import Pair
 from animatelcm.evaluate.report import Row
 
 WORDS = {True: "yes", False: "**no**", None: "not told apart"}
+_SAID = {
+    "fvd_like": (1, 1, "nearer", "farther"),
+    "control_error": (1, 3, "less error", "more error"),
+    "concept_accuracy": (100, 1, "points of subjects less", "points of subjects more"),
+}
+"""Figure -> what it is multiplied by, digits behind the point, and what less and more of it are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +60,26 @@ def verdict(gain: float, deviation: float) -> bool | None:
     return None if abs(gain) <= 2 * deviation else gain > 0
 
 
-def nearer(row: Row, other: Row, real: float) -> bool | None:
-    """Whether ``row`` is nearer to real clips than ``other``; ``real``: by how much sets of real ones spread."""
-    return verdict(excess(other) - excess(row), math.hypot(*(_deviation(each, real) for each in (row, other))))
+def nearer(pair: Pair) -> bool | None:
+    """Whether the second row of a pair is nearer to real clips than the first."""
+    found = pair.figures["fvd_like"]
+    return verdict(-found.value, found.deviation)
 
 
-def _deviation(row: Row, real: float) -> float:
-    """The standard deviation of a row's distance over clips, by its 95 % interval, where it has one and that is wider
-    than sets of real clips are spread."""
-    low, high = row.intervals.get("fvd_like", (0.0, 0.0))
-    return max(real, (high - low) / (2 * 1.96))
+def shows_more(pair: Pair, margin: float = 0.0) -> bool | None:
+    """Whether the second row shows its subjects in more frames than the first less a margin, a share."""
+    found = pair.figures["concept_accuracy"]
+    return verdict(found.value + margin, found.deviation)
 
 
-def share_deviation(*shares_and_counts: tuple[float, int]) -> float:
-    """The standard deviation of a difference of shares, each of so many independent clips (binomial)."""
-    return math.sqrt(sum(share * (1 - share) / n for share, n in shares_and_counts))
+def paired_text(pair: Pair, *figures: str) -> str:
+    """ "paired by prompt 15.8 +- 2.7 nearer": the second row beside the first, with standard deviations."""
+    parts = []
+    for name in figures:
+        found, (scale, digits, less, more) = pair.figures[name], _SAID[name]
+        sizes = (f"{scale * size:.{digits}f}" for size in (abs(found.value), found.deviation))
+        parts.append(f"{' +- '.join(sizes)} {less if found.value < 0 else more}")
+    return f"paired by prompt {', '.join(parts)}"
 
 
 def all_of(verdicts: Sequence[bool | None]) -> bool | None:
@@ -76,6 +87,11 @@ def all_of(verdicts: Sequence[bool | None]) -> bool | None:
     if False in verdicts:
         return False
     return None if None in verdicts else True
+
+
+def some_of(verdicts: Sequence[bool | None]) -> bool | None:
+    """True where one holds and none fails, False where one fails."""
+    return False if False in verdicts else True in verdicts or None
 
 
 def by_steps(rows: Sequence[Row], figure: str = "excess") -> str:

@@ -9,17 +9,11 @@ from typing import Literal
 
 from animatelcm import recipes
 from animatelcm.config import TrainConfig
-from animatelcm.evaluate.report import table
+from animatelcm.evaluate.report import Row, table
 from animatelcm.model_source import ModelSource
 from animatelcm.planning import plan
 from animatelcm.reproduce import bias, plots
-from animatelcm.reproduce.claims import (
-    Claim,
-    Section,
-    excess,
-    nearer,
-)
-from animatelcm.reproduce.sampled import deviation
+from animatelcm.reproduce.claims import Claim, Section, excess, nearer, paired_text
 from animatelcm.reproduce.study import Study
 
 
@@ -53,25 +47,20 @@ def ablations(study: Study) -> Section:
     coupled = _coupled(study, "coupled", degrade=True)
     settings = ["lcm@1", "lcm@4"]
     sources = {config.name: study.trained(config) for config in (full, direct, coupled)}
-    rows = {name: study.rows(f"ablation_{name}", source, settings) for name, source in sources.items()}
-    real, at = deviation(study), settings.index("lcm@4")
-
-    def held(name: str) -> tuple[bool | None, str]:
-        ours, other = rows["full"][at], rows[name][at]
-        text = (
-            f"{excess(ours):.0f} against {excess(other):.0f}; subjects {ours.concept_accuracy:.0%} against "
-            f"{other.concept_accuracy:.0%}"
-        )
-        return nearer(ours, other, real), text
-
+    clips = study.sizes.ablation_clips
+    rows = {name: study.rows(f"ablation_{name}", source, settings, clips=clips) for name, source in sources.items()}
+    four = {name: (f"ablation_{name}", found[settings.index("lcm@4")]) for name, found in rows.items()}
+    n = four["full"][1].n
+    decoupled, beside_coupled = _held(study, four["full"], four["coupled"])
+    averaged, beside_direct = _held(study, four["full"], four["direct"])
     claims = [
         Claim(
             claim="learning the acceleration of images first, then that of motion, beats learning both on videos",
             source="first paper, figure 5; second paper, section 4",
             paper="FVD 985.9 against 1060.6, CLIPSIM 27.7 against 18.8, after 4 + 4 and 8 hours",
-            ours=held("coupled")[1],
-            holds=held("coupled")[0],
-            n=rows["full"][at].n,
+            ours=beside_coupled,
+            holds=decoupled,
+            n=n,
             note=f"{study.sizes.image_steps} x 32 images and {full.steps} x 4 clips against {coupled.steps} x 4 clips: "
             "equal operations; the videos are degraded, the images clean",
         ),
@@ -79,17 +68,27 @@ def ablations(study: Study) -> Section:
             claim="a target that receives the image LoRA by averaging beats one that has it from the start",
             source="first paper, figure 5; the summary's first check",
             paper="a curve without numbers",
-            ours=held("direct")[1],
-            holds=held("direct")[0],
-            n=rows["full"][at].n,
+            ours=beside_direct,
+            holds=averaged,
+            n=n,
         ),
     ]
     runs = {name: study.out / "runs" / name / "metrics.jsonl" for name in ("full", "direct", "coupled")}
     plots.losses(study.out / "ablation-losses.png", runs)
-    plots.few_steps(study.out / "ablations.png", rows, None, real)
+    plots.few_steps(study.out / "ablations.png", rows, None)
     text = "\n\n".join(f"`{name}`:\n\n{table(found)}" for name, found in rows.items())
     sheet = study.sheet("ablation-clips", {name: (source, "lcm@4") for name, source in sources.items()})
     return Section(title="Ablations", claims=claims, text=text, plots=["ablations.png", "ablation-losses.png", sheet])
+
+
+def _held(study: Study, first: tuple[str, Row], second: tuple[str, Row]) -> tuple[bool | None, str]:
+    """Whether the first row is nearer to real clips than the second, and what is said of both."""
+    pair, ours, other = study.less(first, second), first[1], second[1]
+    text = (
+        f"{excess(ours):.0f} against {excess(other):.0f}; subjects {ours.concept_accuracy:.0%} against "
+        f"{other.concept_accuracy:.0%}; {paired_text(pair, 'fvd_like', 'concept_accuracy')}"
+    )
+    return nearer(pair), text
 
 
 def images_first(study: Study) -> Section:
@@ -97,15 +96,19 @@ def images_first(study: Study) -> Section:
     image = study.trained(_stage_1(study)).model
     pair = _stage_2(study, "clean_full", image, degrade=False), _coupled(study, "clean_coupled", degrade=False)
     settings = ["lcm@1", "lcm@4"]
-    first, scratch = (study.rows(f"ablation_{c.name}", study.trained(c), settings) for c in pair)
+    names = [f"ablation_{config.name}" for config in pair]
+    clips = study.sizes.ablation_clips
+    first, scratch = (
+        study.rows(name, study.trained(config), settings, clips=clips) for name, config in zip(names, pair, strict=True)
+    )
     at = settings.index("lcm@4")
+    holds, ours = _held(study, (names[0], first[at]), (names[1], scratch[at]))
     claim = Claim(
         claim="what was learned on images is worth its time on clean videos too",
         source="the summary's third check (images first against from scratch)",
         paper="not measured there",
-        ours=f"{excess(first[at]):.0f} against {excess(scratch[at]):.0f}; subjects {first[at].concept_accuracy:.0%} "
-        f"against {scratch[at].concept_accuracy:.0%}",
-        holds=nearer(first[at], scratch[at], deviation(study)),
+        ours=ours,
+        holds=holds,
         n=first[at].n,
         note="equal operations",
     )
@@ -136,14 +139,16 @@ def adaptation(study: Study) -> Section:
         "guided by the image model": study.trained(led_by("guided-noise")),
         "with a teacher": study.trained(led_by("teacher")),
     }
-    rows = {
-        name: study.rows(f"adapter {name}".replace(" ", "_"), source, ["lcm@4"], steer="edge")[0]
-        for name, source in sources.items()
-    }
+
+    def folder(name: str) -> str:
+        return f"adapter {name}".replace(" ", "_")
+
+    rows = {name: study.rows(folder(name), source, ["lcm@4"], steer="edge")[0] for name, source in sources.items()}
     before, after, led, taught = rows.values()
     assert before.control_error is not None
     assert after.control_error is not None
     change = 1 - after.control_error / before.control_error
+    pair = study.less((folder("without a teacher"), after), (folder("as it is"), before))
     claims = [
         Claim(
             claim="adapters of the image model steer few-step videos as they are",
@@ -159,7 +164,8 @@ def adaptation(study: Study) -> Section:
             source="first paper, section 4.3 and figure 6",
             paper="shown in pictures; the aim here is a quarter less error",
             ours=f"error {before.control_error:.3f} to {after.control_error:.3f} ({-change:+.0%}), subjects "
-            f"{before.concept_accuracy:.0%} to {after.concept_accuracy:.0%}",
+            f"{before.concept_accuracy:.0%} to {after.concept_accuracy:.0%}; "
+            + paired_text(pair, "control_error", "concept_accuracy"),
             holds=change >= 0.25,
             n=before.n,
             note=f"at equal operations, with a teacher {taught.control_error:.3f} and {taught.concept_accuracy:.0%}, "

@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 INKS = ("#a63603", "#08306b", "#6a51a3", "#31a354")
 
 
-def few_steps(path: Path, curves: Mapping[str, Sequence[Row]], teacher: Row | None, deviation: float) -> None:
-    """Distance, with the standard deviation of as many real clips, and subjects over evaluations: a curve a model."""
+def few_steps(path: Path, curves: Mapping[str, Sequence[Row]], teacher: Row | None) -> None:
+    """Distance, with each row's own interval, and subjects over evaluations: a curve a model.
+
+    Rows have the same prompts, so that they may be told apart where their intervals overlap.
+    """
     figure, (left, right) = _figure(2)
     for ink, (name, rows) in zip(INKS, curves.items(), strict=False):
         evaluations = [row.evaluations for row in rows]
-        left.errorbar(
-            evaluations, [excess(row) for row in rows], yerr=deviation, color=ink, marker="o", label=name, capsize=2
-        )
+        left.plot(evaluations, [excess(row) for row in rows], color=ink, marker="o", label=name)
+        left.vlines(evaluations, *zip(*map(_interval, rows), strict=True), color=ink)
         right.plot(evaluations, [100 * row.concept_accuracy for row in rows], color=ink, marker="o", label=name)
     counts = sorted({row.evaluations for rows in curves.values() for row in rows})
     if teacher is not None:
         for axes, value in ((left, excess(teacher)), (right, 100 * teacher.concept_accuracy)):
             axes.axhline(value, color="grey", linestyle=":", label=f"teacher, {teacher.evaluations} evaluations")
     for axes, title in (
-        (left, "FVD-like over the floor (lower is better)"),
+        (left, "FVD-like over the floor, 95 % (lower is better)"),
         (right, "frames that show the subject, %"),
     ):
         axes.set_xscale("log", base=2)
@@ -40,6 +42,13 @@ def few_steps(path: Path, curves: Mapping[str, Sequence[Row]], teacher: Row | No
         axes.set_title(title, fontsize=10)
         axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    """The ends of the interval of a row's excess."""
+    assert row.fvd_floor is not None
+    low, high = row.intervals["fvd_like"]
+    return low - row.fvd_floor, high - row.fvd_floor
 
 
 def losses(path: Path, runs: Mapping[str, Path]) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from statistics import median, stdev
+from statistics import median
 from typing import NamedTuple
 
 from animatelcm.assembly import load_sum
-from animatelcm.evaluate.judge import Judge, Progress, Protocol
+from animatelcm.evaluate.judge import Progress
+from animatelcm.evaluate.paired import Pair, pair_table
 from animatelcm.evaluate.report import Row, table
 from animatelcm.model_source import ModelSource
 from animatelcm.reproduce import plots
-from animatelcm.reproduce.claims import Claim, Section, all_of, by_steps, excess, nearer, share_deviation, verdict
+from animatelcm.reproduce.claims import Claim, Section, all_of, by_steps, excess, nearer, shows_more, some_of
 from animatelcm.reproduce.study import Sizes, Study
 from animatelcm.request import SampleRequest
 from animatelcm.sampling import sample
@@ -25,24 +26,7 @@ from animatelcm.sampling import sample
 TEACHER = ModelSource(teacher=True)
 SAMPLERS = ("ddim", "dpm++")
 """The baselines."""
-SPREAD_SEED = 1004
-
-
-def deviation(study: Study) -> float:
-    """The standard deviation of the FVD-like distance over sets of as many real clips: what cannot be told apart."""
-    sizes = study.sizes
-
-    def measure(progress: Progress) -> dict[str, float]:
-        protocol = Protocol(clips=sizes.clips, real=sizes.real)
-        folder = study.out / "few_steps_ours"
-        folder.mkdir(parents=True, exist_ok=True)
-        judge, found = Judge(protocol, folder, progress), []
-        for number in range(3 if sizes.quick else 6):
-            data = protocol.data(SPREAD_SEED + number, sizes.clips)
-            found.append(judge.fvd_like([data[i].frames for i in range(sizes.clips)]))
-        return {"deviation": stdev(found), "sets": len(found)}
-
-    return study.measured("deviation", measure)["deviation"]
+OURS, TAUGHT = "few_steps_ours", "few_steps_teacher"
 
 
 class FewSteps(NamedTuple):
@@ -57,8 +41,12 @@ class FewSteps(NamedTuple):
     """Rows of both samplers with as many evaluations as ours."""
     teacher: Row
     """Many guided steps."""
-    deviation: float
-    """Of an FVD-like distance."""
+    nearest: list[Pair]
+    """Ours less the better of ``near`` at as many steps."""
+    most: list[Pair]
+    """Ours less the better of ``naming``."""
+    later: list[Pair]
+    """Each of ours but the first less the one before it."""
 
 
 def few_steps(study: Study) -> Section:
@@ -66,7 +54,7 @@ def few_steps(study: Study) -> Section:
     found = _measured(study)
     near = {"DDIM": found.near["ddim"], "DPM++": found.near["dpm++"]}
     file = "few-steps.png"
-    plots.few_steps(study.out / file, {"distilled": found.ours, **near}, found.teacher, found.deviation)
+    plots.few_steps(study.out / file, {"distilled": found.ours, **near}, found.teacher)
     many = f"{study.sizes.teacher_steps} guided steps"
     shown = {f"{n} evaluation{'s' * (n > 1)}": (ModelSource(), f"lcm@{n}") for n in study.sizes.steps}
     sheet = study.sheet("few-steps-clips", {**shown, many: (TEACHER, found.teacher.setting)})
@@ -76,22 +64,30 @@ def few_steps(study: Study) -> Section:
 
 def _measured(study: Study) -> FewSteps:
     sizes = study.sizes
-    ours = study.rows("few_steps_ours", ModelSource(), [f"lcm@{n}" for n in sizes.steps])
+    ours = study.rows(OURS, ModelSource(), [f"lcm@{n}" for n in sizes.steps])
     grid = [
         f"{sampler}@{steps}{f':{guidance:g}' if guidance != 1 else ''}/trailing"
         for sampler in SAMPLERS
         for steps in sizes.steps
         for guidance in sizes.guidances
     ]
-    *few, teacher = study.rows("few_steps_teacher", TEACHER, [*grid, f"ddim@{sizes.teacher_steps}:4"])
+    *few, teacher = study.rows(TAUGHT, TEACHER, [*grid, f"ddim@{sizes.teacher_steps}:4"])
     tried = {sampler: [[row for row in few if _is_of(row, sampler, n)] for n in sizes.steps] for sampler in SAMPLERS}
+    near = {sampler: [max(rows, key=_nearness) for rows in each] for sampler, each in tried.items()}
+    naming = {sampler: [max(rows, key=_subjects) for rows in each] for sampler, each in tried.items()}
+
+    def less(best: Sequence[Row]) -> list[Pair]:
+        return [study.less((OURS, row), (TAUGHT, other)) for row, other in zip(ours, best, strict=True)]
+
     return FewSteps(
         ours=ours,
-        near={sampler: [max(rows, key=_nearness) for rows in each] for sampler, each in tried.items()},
-        naming={sampler: [max(rows, key=_subjects) for rows in each] for sampler, each in tried.items()},
+        near=near,
+        naming=naming,
         equal=[[other for other in few if other.evaluations == row.evaluations] for row in ours],
         teacher=teacher,
-        deviation=deviation(study),
+        nearest=less([max(rows, key=_nearness) for rows in zip(*near.values(), strict=True)]),
+        most=less([max(rows, key=_subjects) for rows in zip(*naming.values(), strict=True)]),
+        later=[study.less((OURS, row), (OURS, before)) for before, row in pairwise(ours)],
     )
 
 
@@ -100,15 +96,14 @@ def _claims(found: FewSteps, sizes: Sizes) -> list[Claim]:
     (ddim, dpm), named = found.near.values(), [by_steps(rows, "concept_accuracy") for rows in found.naming.values()]
     four, steps = ours[sizes.steps.index(4)], " / ".join(map(str, sizes.steps))
     equal = [_bests(found.equal, figure, scale) for figure, scale in ((_nearness, -1), (_subjects, 100))]
-    falls = [nearer(b, a, found.deviation) for a, b in pairwise(ours)]
-    better = False if False in falls else True in falls or None
+    better = some_of([nearer(pair) for pair in found.later])
     return [
         Claim(
             claim=f"nearer to real videos than DDIM and DPM++ at {steps} steps",
             source="both papers, table 1 (FVD)",
             paper="1257 / 1081 / 926 / 910 against DDIM 4941 / 3219 / 1945 / 1210, DPM++ 2731 / 2093 / 1044 / 932",
             ours=f"{by_steps(ours)} against DDIM {by_steps(ddim)}, DPM++ {by_steps(dpm)}",
-            holds=_are_nearer(found),
+            holds=all_of([nearer(pair) for pair in found.nearest]),
             n=four.n,
             note="FVD-like over the floor; each baseline at its best guidance, where the papers take 7.5. "
             f"Guidance doubles evaluations: with as many as ours, the better one has {equal[0]}",
@@ -119,7 +114,7 @@ def _claims(found: FewSteps, sizes: Sizes) -> list[Claim]:
             paper="22.2 / 26.0 / 28.9 / 30.0 against DDIM 4.4 / 5.3 / 14.9 / 24.4, DPM++ 10.5 / 18.0 / 26.8 / 29.5",
             ours=f"{by_steps(ours, 'concept_accuracy')} % of frames against {named[0]} and {named[1]}, each "
             "at the guidance that suits this best",
-            holds=_show_more(found),
+            holds=all_of([shows_more(pair) for pair in found.most]),
             n=four.n,
             note=f"with as many evaluations as ours, the better one has {equal[1]}",
         ),
@@ -144,30 +139,17 @@ def _claims(found: FewSteps, sizes: Sizes) -> list[Claim]:
     ]
 
 
-def _are_nearer(found: FewSteps) -> bool | None:
-    """Than the better baseline at every number of steps."""
-    rivals = zip(*found.near.values(), strict=True)
-    best = [min(rows, key=excess) for rows in rivals]
-    return all_of([nearer(row, other, found.deviation) for row, other in zip(found.ours, best, strict=True)])
-
-
-def _show_more(found: FewSteps) -> bool | None:
-    """Of what the prompt names than the better baseline at every number of steps."""
-    verdicts = []
-    for row, *rivals in zip(found.ours, *found.naming.values(), strict=True):
-        best = max(rivals, key=_subjects)
-        spread = share_deviation(*((other.concept_accuracy, row.n) for other in (row, best)))
-        verdicts.append(verdict(row.concept_accuracy - best.concept_accuracy, spread))
-    return all_of(verdicts)
-
-
 def _text(found: FewSteps, sizes: Sizes) -> str:
     baselines = [row for rows in found.near.values() for row in rows]
     chosen = ", ".join(row.setting.split("/")[0] for row in baselines)
+    pairs = [*found.nearest, *found.most, *found.later]
+    once = {(pair.first.setting, pair.second.setting): pair for pair in pairs}
     return (
         table([*found.ours, *baselines, found.teacher])
         + f"\n\nBest guidance of {', '.join(f'{g:g}' for g in sizes.guidances)}: {chosen}. "
-        f"Sets of {found.ours[0].n} real clips spread by {found.deviation:.0f} (one standard deviation)."
+        "It was chosen by these same clips, which favours it.\n\n"
+        "Ours less the baseline that is nearer, or shows more, at as many steps, and each of ours less the one before "
+        f"it:\n\n{pair_table(list(once.values()))}"
     )
 
 
@@ -225,34 +207,27 @@ def style(study: Study) -> Section:
     settings = [f"lcm@{n}" for n in study.sizes.steps]
     plain = study.rows("style_without", ModelSource(), settings, style_truth="twemoji")
     styled = study.rows("style_with", ModelSource(style=("twemoji",)), settings, style_truth="twemoji")
-    gains = [nearer(b, a, deviation(study)) for a, b in zip(plain, styled, strict=True)]
+    pairs = [study.less(("style_with", b), ("style_without", a)) for a, b in zip(plain, styled, strict=True)]
     four = styled[study.sizes.steps.index(4)]
     claim = Claim(
         claim="a personal style, learned from images alone, brings videos nearer to those of that style",
         source="both papers, table 1 (realistic style) and figure 4",
         paper="1072 / 791 / 930 / 1082 against 1257 / 1081 / 926 / 910 without",
         ours=f"{by_steps(styled)} against {by_steps(plain)} without",
-        holds=False if False in gains else True in gains or None,
+        holds=some_of([nearer(pair) for pair in pairs]),
         n=four.n,
         note="twemoji; rendered clips of the style exist as this truth alone",
     )
-    kept = [
-        verdict(
-            b.concept_accuracy - a.concept_accuracy + 0.05,
-            share_deviation((a.concept_accuracy, a.n), (b.concept_accuracy, b.n)),
-        )
-        for a, b in zip(plain, styled, strict=True)
-    ]
     subjects = Claim(
         claim="and keeps what the prompt names",
         source="first paper, figure 4",
         paper="shown in pictures",
         ours=f"{by_steps(styled, 'concept_accuracy')} % of frames, {by_steps(plain, 'concept_accuracy')} without",
-        holds=all_of(kept),
+        holds=all_of([shows_more(pair, margin=0.05) for pair in pairs]),
         n=four.n,
         note="the aim is five points less at most",
     )
     shown = {"without the style": (ModelSource(), "lcm@4"), "with it": (ModelSource(style=("twemoji",)), "lcm@4")}
     sheet = study.sheet("style-clips", shown, style_truth="twemoji")
-    text = table([*plain, *styled])
+    text = f"{table([*plain, *styled])}\n\nWith the style less without it:\n\n{pair_table(pairs)}"
     return Section(title="A style without its videos", claims=[claim, subjects], text=text, plots=[sheet])

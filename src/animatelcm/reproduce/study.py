@@ -16,8 +16,9 @@ from animatelcm.config import TrainConfig
 from animatelcm.data.emoji import drawn
 from animatelcm.evaluate import emoji
 from animatelcm.evaluate.judge import PROMPT_SEED, Progress, Protocol, silent
+from animatelcm.evaluate.paired import Pair, compare
 from animatelcm.evaluate.prompts import prompts
-from animatelcm.evaluate.report import Row, Steer, facts_hash, summary, write_json
+from animatelcm.evaluate.report import Row, Steer, facts_hash, row_path, summary, write_json
 from animatelcm.evaluate.rows import link
 from animatelcm.model_source import ModelSource
 from animatelcm.sampling import best_device
@@ -31,7 +32,9 @@ class Sizes:
     """How much is measured and trained. The defaults take two hours of two cores."""
 
     clips: int = 64
-    """Generated for each row."""
+    """Generated for each row, but for those of the ablations."""
+    ablation_clips: int = 256
+    """Generated for each row of an ablation: short trainings differ by less than many steps from few."""
     real: int = 512
     """Real clips that these are held against."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
@@ -57,6 +60,7 @@ class Sizes:
 
 QUICK = Sizes(
     clips=8,
+    ablation_clips=8,
     real=64,
     steps=(1, 4),
     guidances=(2.0,),
@@ -102,11 +106,14 @@ class Study:
         source: ModelSource,
         settings: Sequence[str],
         *,
+        clips: int | None = None,
         style_truth: str = "",
         steer: Steer = "",
     ) -> list[Row]:
-        """A row of figures for each setting, from ``out / name``: an eval folder of its own."""
-        protocol = Protocol(clips=self.sizes.clips, real=self.sizes.real, style_truth=style_truth, steer=steer)
+        """A row of figures for each setting, from ``out / name``: an eval folder of its own. ``clips``: others than
+        ``Sizes.clips``."""
+        count = clips or self.sizes.clips
+        protocol = Protocol(clips=count, real=self.sizes.real, style_truth=style_truth, steer=steer)
         folder = self.out / name
         folder.mkdir(parents=True, exist_ok=True)
         for kept in sorted(self.out.glob("*/real-*.safetensors")):  # features of real clips, named by what they are of
@@ -119,6 +126,13 @@ class Study:
             rows = emoji.evaluate(model, label, settings=parsed, protocol=protocol, out=folder, progress=progress)
         write_json(summary(rows, protocol.facts, emoji.versions()), folder / "report.json")
         return rows
+
+    def less(self, first: tuple[str, Row], second: tuple[str, Row]) -> Pair:
+        """The figures of the first row less those of the second, paired by prompt: each with the name of its ``rows``.
+
+        Raises ValueError where what a row's clips bring is not there, as earlier versions left it.
+        """
+        return compare(*(row_path(self.out / name, row.kind, row.setting) for name, row in (second, first)))
 
     def sheet(
         self, name: str, shown: Mapping[str, tuple[ModelSource, str]], *, style_truth: str = "", steer: Steer = ""
