@@ -36,6 +36,8 @@ from animatelcm.sampling import sample_steps
 from animatelcm.saving import save
 from animatelcm.schedule import NoiseSchedule
 from animatelcm.tokenizer import Tokenizer, read_merges
+from animatelcm.weights.files import read_header
+from animatelcm.weights.identify import identify
 from animatelcm.weights.lora import read_lora, write_lora
 from networks import same_state
 from test_condition import beside
@@ -208,6 +210,14 @@ def test_a_folder_with_a_lora_is_taken_for_it(files, tmp_path):
         load_sum(ModelSource(model=base, style=(str(lora.parent),)))
 
 
+def _webui_name(name: str) -> str:
+    """A MotionLoRA's, by the words of sd-webui-animatediff 2 (``animatediff_mm.py``, layers by underscored paths)."""
+    module, factor = name.removesuffix(".weight").split(".processor.")
+    projection, _, side = factor.partition("_lora.")
+    projection = "to_out_0" if projection == "to_out" else projection
+    return f"{module.replace('.', '_')}_{projection}.lora_{side}.weight"
+
+
 def test_a_motion_lora_is_added_to_the_temporal_layers(files, tmp_path):
     lora = standins.fill(standins.motion_lora(rank=4), seed=4)
     torch.save(lora, tmp_path / "pan.ckpt")
@@ -223,6 +233,12 @@ def test_a_motion_lora_is_added_to_the_temporal_layers(files, tmp_path):
     assert torch.allclose(moved[f"{key}.weight"], plain[f"{key}.weight"] + 0.5 * delta, atol=1e-6)
     changed = {name for name, value in plain.items() if not torch.equal(value, moved[name])}
     assert len(changed) == 168
+
+    webui = {_webui_name(name): value for name, value in lora.items()}
+    save_file(webui, tmp_path / "pan.safetensors")
+    assert identify(read_header(tmp_path / "pan.safetensors")).kind == "motion_lora"
+    style = (f"{tmp_path / 'pan.safetensors'}:0.5",)
+    assert same_state(load_sum(ModelSource(model=base, motion=motion, style=style)).unet.state_dict(), moved)
     with pytest.raises(ValueError, match=r"pan\.ckpt.*temporal"):
         load_sum(ModelSource(model=base, style=(str(tmp_path / "pan.ckpt"),)))
 

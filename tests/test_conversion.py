@@ -17,6 +17,7 @@ from animatelcm.assembly import load_sum, with_temporal_layers
 from animatelcm.bundle import load
 from animatelcm.conversion import convert
 from animatelcm.model_source import ModelSource
+from animatelcm.saving import save
 from animatelcm.verbs import Fuse
 from animatelcm.weights.files import read_header, read_metadata, sha256
 from animatelcm.weights.identify import identify
@@ -97,6 +98,29 @@ def test_the_embedded_model_gives_its_parts_and_takes_them_again(tmp_path):
     assert same_state(teacher.unet.state_dict(), expected.unet.state_dict())
     settings = ("num_inference_steps", "guidance_scale", "sampler")
     assert all(getattr(teacher.facts, name) == getattr(expected.facts, name) for name in settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "sampler", "rows"),
+    [
+        ("animatelcm_t2v", "lcm", None),  # known by that and its middle block
+        ("mm_v2", "ddim", 32),
+        ("mm_v3", "ddim", 32),
+        ("mm_v1", "ddim", 24),
+        ("mm_v3", "lcm", 32),  # without a middle block none is an AnimateLCM: sd-webui-animatediff would fail
+        ("mm_v1", "lcm", 32),  # 24 say that spatial norms see all frames at once, as they do not here
+    ],
+)
+def test_other_tools_know_a_models_motion_module(image_model, tmp_path, file, sampler, rows):
+    """By positions and a middle block (sd-webui-animatediff's ``get_mm_type``, AnimateDiff-Evolved's versions)."""
+    save_file(standins.fill(getattr(standins, file)(), torch.float16), tmp_path / "in.safetensors")
+    model = with_temporal_layers(image_model, tmp_path / "in.safetensors")
+    save(replace(model, facts=replace(model.facts, sampler=sampler)), tmp_path / "model")
+    made = convert(tmp_path / "model", tmp_path / "out.safetensors", to="animatediff").path
+    assert read_motion(made).rows == rows
+    again = with_temporal_layers(image_model, made)
+    assert again.unet.motion == model.unet.motion  # the header says how many frames it takes
+    assert again.facts.sampler == sampler
 
 
 @pytest.mark.parametrize("to", ["kohya", "peft"])

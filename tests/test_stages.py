@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 
 from animatelcm import recipes, stages
 from animatelcm.bundle import load
-from animatelcm.config import TrainConfig
+from animatelcm.config import AdapterConfig, TrainConfig
+from animatelcm.nets import sd15
+from animatelcm.nets.unet import UNetConfig
 from animatelcm.training import train
 from networks import same_state
 
@@ -57,3 +60,13 @@ def test_a_decoder_is_added_to_all_that_was_there(narrow_folder, tmp_path):
     moved = {key for key, value in old.items() if not torch.equal(value, new[key])}
     assert moved
     assert all(key.startswith(("decoder.", "post_quant_conv.")) for key in moved)
+
+
+def test_a_fresh_controlnet_of_stable_diffusion_has_the_shapes_that_other_tools_take_for_granted():
+    """diffusers' default ones, its authors'."""
+    config = AdapterConfig(name="canny", kind="controlnet")
+    with torch.device("meta"):
+        ours = stages.fresh_adapter(config, UNetConfig.from_diffusers(sd15.UNET), latent_channels=4, downscale=8)
+        theirs = ControlNetModel(cross_attention_dim=768)
+    shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in (ours, theirs)]
+    assert shapes[0] == shapes[1]

@@ -33,6 +33,9 @@ from animatelcm.weights.motion import Layout, MotionFile, motion_modelspec, read
 from animatelcm.weights.motion import config as motion_settings
 
 LORA_KINDS = ("lora", "motion_lora")
+V1, V3 = (24, False), (32, False)
+"""Positions of a motion module, and whether it has a middle block, by which other tools know AnimateDiff's versions.
+v2 has 32 positions as well; of other numbers sd-webui-animatediff reads none."""
 OF_THE_FILE = ("format", "lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata that are true of one file only."""
 
@@ -149,14 +152,17 @@ def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> C
     schedule = NoiseSchedule.from_diffusers(read_json(place / "scheduler" / "scheduler_config.json"))
     facts = read_facts_file(place, str(place))
     facts = facts.of_teacher() if part == "teacher" else facts
+    # With positions other tools look for no encoder; without them and a middle block sd-webui-animatediff fails.
+    positions = part != IMAGE and (facts.sampler != "lcm" or not found.mid_block)
+    rows = V1[0] if (found.rows, found.mid_block) == V1 and facts.sampler != "lcm" else V3[0]
     said = MotionFacts(
         motion={key: value for key, value in motion_settings(found).items() if key in MOTION},
         noise={key: getattr(schedule, key) for key in NOISE},
         sampling={key: getattr(facts, key) for key in SAMPLING},
         image_encoder=encoder,
-        positions=facts.sampler != "lcm" and part != IMAGE,  # in a file with positions other tools look for no encoder
+        positions=positions,
     )
-    return _write_motion_file(out, found, dtype, said)
+    return _write_motion_file(out, replace(found, rows=rows), dtype, said)
 
 
 def _image_encoder(place: Path) -> tuple[State, dict[str, float]]:
@@ -214,7 +220,8 @@ def _facts_of_family(found: MotionFile, place: Path) -> MotionFacts:
 
 
 def _write_motion_file(out: Path, found: MotionFile, dtype: torch.dtype, said: MotionFacts) -> Converted:
-    """In AnimateDiff's layout; without positions where the module is an AnimateLCM, which is known by that."""
+    """In AnimateDiff's layout; without positions where the module is an AnimateLCM, which is known by that and by its
+    middle block."""
     _check_file(out)
     rows = found.rows if said.positions else None
     metadata = _modelspec(out, found, "animatediff") | said.to_metadata()

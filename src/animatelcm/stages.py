@@ -144,8 +144,7 @@ def fresh_adapter(config: AdapterConfig, unet: UNetConfig, *, latent_channels: i
     if config.kind == "t2i_adapter":
         return t2i_adapter(unet, downscale)
     if config.kind == "controlnet":
-        halvings = downscale.bit_length() - 1
-        return controlnet(unet, [*(min(16 * 2**i, widths[0]) for i in range(halvings)), widths[0]])
+        return controlnet(unet, _of_maps(widths[0], downscale.bit_length() - 1))
     if config.kind == "image_tokens":
         return ImageTokens(latent_channels, unet.cross_attention_dim)
     shape = ImageEncoderConfig(
@@ -157,6 +156,13 @@ def fresh_adapter(config: AdapterConfig, unet: UNetConfig, *, latent_channels: i
         motion_scale=config.motion_scale,
     )
     return ImageEncoder(shape)
+
+
+def _of_maps(width: int, halvings: int) -> tuple[int, ...]:
+    """Widths of a fresh ControlNet's encoder of maps. Other tools know one for Stable Diffusion 1.x, its authors'."""
+    if (width, halvings) == (320, 3):
+        return (16, 32, 96, 256)
+    return (*(min(16 * 2**i, width) for i in range(halvings)), width)
 
 
 def _few_steps_over_teacher(config: TrainConfig, model: VideoModel) -> VideoModel:

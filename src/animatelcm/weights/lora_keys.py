@@ -9,6 +9,10 @@ One factor, of the first attention's query projection:
     unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight          diffusers
     down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight     old diffusers, AnimateDiff
 
+and of an attention over time, in MotionLoRAs for sd-webui-animatediff 2,
+
+    down_blocks_0_motion_modules_0_temporal_transformer_transformer_blocks_0_attention_blocks_0_to_q.lora_down.weight
+
 Kohya's first name, without what follows its only dot, stands for the module here.
 """
 
@@ -79,8 +83,11 @@ _RENAMES = (
     (re.compile(r"_self_attn_to_([qkv])$"), r"_self_attn_\1_proj"),
     (re.compile(r"_self_attn_to_out$"), "_self_attn_out_proj"),
     (re.compile(r"_to_out$"), "_to_out_0"),
+    (re.compile(r"(?<=_motion_modules_)(\d+)_temporal_transformer(?=_)"), r"\1"),
+    (re.compile(r"_attention_blocks_0(?=_)"), "_attn1"),
+    (re.compile(r"_attention_blocks_1(?=_)"), "_attn2"),
 )
-"""Old diffusers' words, with underscores."""
+"""Old diffusers' words, and AnimateDiff's, with underscores."""
 
 _INVERSION = re.compile(r"^(emb_params|clip_[lg])$|^bundle_emb\.|string_to_param")
 _ENDS = tuple(METHOD_ENDS)
@@ -208,7 +215,9 @@ def _name(stem: str) -> str:
         if path.startswith(prefix):
             return _joined(part, path.removeprefix(prefix))
     root = path.partition(".")[0]
-    return _joined(_ROOTS[root], path) if root in _ROOTS else stem
+    if root in _ROOTS or "_motion_modules_" in root:
+        return _joined(_ROOTS.get(root, "unet"), path)
+    return stem
 
 
 def _joined(part: str, path: str) -> str:
