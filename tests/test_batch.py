@@ -97,7 +97,8 @@ def test_what_fails_between_decoder_and_encoder_fails_one_row(where, go, prompts
     (error,) = [line["error"] for line in lines(tmp_path / "out") if "error" in line]
     latents = tmp_path / "out" / "000002.latents.safetensors"
     assert error.startswith({"decoder": "RuntimeError: no frame; ", "encoder": "no file; "}[where])
-    assert error.endswith(f"its latents are in {latents}, from where animatelcm decode goes on")
+    goes_on = f"animatelcm decode {latents} --model emoji --out {latents.with_name('000002.webp')}"
+    assert error.endswith(f"its latents are in {latents}; this goes on from there: {goes_on}")
 
     (draft,) = drafts(fresh_model, batch.read_rows(prompts, settings=SMALL)[2].request)
     kept = decoding.load(latents, fresh_model)

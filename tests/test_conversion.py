@@ -121,6 +121,9 @@ def test_other_tools_know_a_models_motion_module(image_model, tmp_path, file, sa
     again = with_temporal_layers(image_model, made)
     assert again.unet.motion == model.unet.motion  # the header says how many frames it takes
     assert again.facts.sampler == sampler
+    convert(made, tmp_path / "folder", to="diffusers")
+    there = convert(tmp_path / "folder", tmp_path / "there.safetensors", to="animatediff").path
+    assert _same(made, there)
 
 
 @pytest.mark.parametrize("to", ["kohya", "peft"])

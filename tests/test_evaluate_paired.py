@@ -89,7 +89,7 @@ def test_the_table_has_shares_in_points(pair):
     assert note.startswith("Paired by prompt")
 
 
-def test_rows_of_a_folder_are_held_against_the_first_of_their_kind(tmp_path):
+def test_rows_of_a_folder_are_held_against_the_first_of_their_kind(tmp_path, caplog):
     shares = {"concept_accuracy": SHARES}
     rows = [
         replace(ROW, setting=setting, kind=kind, n=N) for kind in ("images", "plain") for setting in ("a", "b", "c")
@@ -99,6 +99,9 @@ def test_rows_of_a_folder_are_held_against_the_first_of_their_kind(tmp_path):
     samples_path(row_path(tmp_path, "plain", "a")).unlink()  # as an earlier version left it
     pairs = [(pair.first.kind, pair.first.setting, pair.second.setting) for pair in to_first(tmp_path, rows)]
     assert pairs == [("images", "a", "b"), ("images", "a", "c"), ("plain", "b", "c")]
+    write_row(replace(rows[1], fingerprint="f9"), row_path(tmp_path, "images", "b"))  # another version wrote over it
+    assert [pair.second.setting for pair in to_first(tmp_path, rows)] == ["c", "c"]
+    assert "b.safetensors is of another row" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_what_is_not_there_is_named_with_what_to_do(pair):
     with pytest.raises(ValueError, match=r"lcm@4\.safetensors is of another row than lcm@4\.json; remove both"):
         compare(first, second)
     samples_path(second).unlink()
-    with pytest.raises(ValueError, match=r"lcm@8\.json lacks lcm@8\.safetensors.*remove the row"):
+    with pytest.raises(ValueError, match=r"lcm@8\.json lacks lcm@8\.safetensors.*measure it again"):
         compare(second, first)
     with pytest.raises(ValueError, match=r"there is no row .*rows; give files that eval emoji wrote"):
         compare(second.parent, first)

@@ -123,10 +123,27 @@ def test_guests_leave_where_they_lay_and_take_what_changed_with_them(model):
     guests.leave()
     lay["conv_out.bias"][1].add_(1)
     for name, p in unet.named_parameters():
-        assert p.data_ptr() == lay[name][0], name
+        assert (p.data_ptr() == lay[name][0]) == (name != "conv_out.bias")
         assert torch.equal(p, lay[name][1]), name
         assert not p.is_inference()
     unet.conv_out.bias.sub_(1)
+
+
+def test_guests_may_share_weights_or_be_loaded_in_inference_mode():
+    one = nn.Linear(2, 2)
+    with torch.inference_mode():
+        other = nn.Linear(2, 2)
+    other.weight = one.weight
+    home, copied = one.weight.data_ptr(), torch.Tensor.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda self, *a, **k: copied(self, *a, **k, copy=True))
+        guests = memory._Guests([one, other], torch.device("cpu"))
+    assert one.weight.data_ptr() != home
+    with torch.inference_mode():
+        other.bias.fill_(3)
+    guests.leave()
+    assert one.weight.data_ptr() == other.weight.data_ptr() == home
+    assert (other.bias == 3).all()
 
 
 def test_guests_that_do_not_fit_are_at_home_again(model, monkeypatch):

@@ -67,7 +67,7 @@ def convert(
     model, checkpoint   "bundle", "diffusers": a model folder; "checkpoint": its base in one file, as CompVis',
                         with nothing beside it; "animatediff": its motion module; "kohya", "peft": its image
                         acceleration, or the style that ``part`` names
-    motion module       "animatediff": a file as AnimateLCM's, without positions; "diffusers": a
+    motion module       "animatediff": a file as AnimateDiff's, or AnimateLCM's; "diffusers": a
                         MotionAdapter's folder
     LoRA                "kohya", "peft"; of temporal layers "animatediff" too
     ==================  =================================================================================
@@ -144,25 +144,19 @@ def _motion_of_model(place: Path, out: Path, dtype: torch.dtype, part: str) -> C
         raise ValueError(f"{place} has no {folder.name}; take a model that has temporal layers")
     found, encoder = read_motion(folder), {}
     if part == IMAGE:
-        state, config = _image_encoder(place)
-        found, encoder = (
-            replace(found, image_encoder=state),
-            {key: config[key] for key in IMAGE_ENCODER if key in config},
-        )
+        state, encoder = _image_encoder(place)
+        found = replace(found, image_encoder=state)
     schedule = NoiseSchedule.from_diffusers(read_json(place / "scheduler" / "scheduler_config.json"))
     facts = read_facts_file(place, str(place))
     facts = facts.of_teacher() if part == "teacher" else facts
-    # With positions other tools look for no encoder; without them and a middle block sd-webui-animatediff fails.
-    positions = part != IMAGE and (facts.sampler != "lcm" or not found.mid_block)
-    rows = V1[0] if (found.rows, found.mid_block) == V1 and facts.sampler != "lcm" else V3[0]
     said = MotionFacts(
         motion={key: value for key, value in motion_settings(found).items() if key in MOTION},
         noise={key: getattr(schedule, key) for key in NOISE},
         sampling={key: getattr(facts, key) for key in SAMPLING},
         image_encoder=encoder,
-        positions=positions,
+        positions=facts.sampler != "lcm",
     )
-    return _write_motion_file(out, replace(found, rows=rows), dtype, said)
+    return _write_motion_file(out, found, dtype, said)
 
 
 def _image_encoder(place: Path) -> tuple[State, dict[str, float]]:
@@ -221,9 +215,14 @@ def _facts_of_family(found: MotionFile, place: Path) -> MotionFacts:
 
 def _write_motion_file(out: Path, found: MotionFile, dtype: torch.dtype, said: MotionFacts) -> Converted:
     """In AnimateDiff's layout; without positions where the module is an AnimateLCM, which is known by that and by its
-    middle block."""
+    middle block. How many frames it takes, if other tools could not read as many positions, is in the header."""
     _check_file(out)
-    rows = found.rows if said.positions else None
+    # With positions other tools look for no encoder; without them and a middle block sd-webui-animatediff fails.
+    positions = not found.image_encoder and (said.positions or not found.mid_block)
+    known = found.rows == V3[0] or ((found.rows, found.mid_block) == V1 and said.sampling.get("sampler") != "lcm")
+    rows = None if not positions else found.rows if known else V3[0]
+    taken = {} if found.rows in (None, rows) else {"motion_max_seq_length": found.rows}
+    said = replace(said, motion={**taken, **said.motion}, positions=positions)
     metadata = _modelspec(out, found, "animatediff") | said.to_metadata()
     encoder = found.image_encoder
     write_motion(

@@ -70,7 +70,8 @@ def take_turns(model: VideoModel, device: torch.device) -> Callable[[], None]:
         if here and here[0].networks is group:
             return
         while here:
-            here.pop().leave()
+            here[-1].leave()
+            here.pop()
         here.append(_Guests(group, device))
 
     model.forget_graphs()  # they read weights where these lie now
@@ -95,16 +96,17 @@ def take_turns(model: VideoModel, device: torch.device) -> Callable[[], None]:
 
 class _Guests:
     """Networks of the CPU with copies of their weights on a device in their place. Nothing is copied back when they
-    leave, but what has changed meanwhile."""
+    leave, but what has changed in place meanwhile (by torch's own count, which changes of ``.data`` go past)."""
 
     def __init__(self, networks: list[nn.Module], device: torch.device) -> None:
         self.networks = networks
-        self._homes: list[tuple[Tensor, Tensor, int]] = []
+        self._homes: list[tuple[Tensor, Tensor, int | None]] = []
+        weights = {id(w): w for network in networks for w in (*network.parameters(), *network.buffers())}
         try:
             with _as_weights():
-                for weight in (w for network in networks for w in (*network.parameters(), *network.buffers())):
+                for weight in weights.values():
                     home, weight.data = weight.data, weight.data.to(device)
-                    self._homes.append((weight, home, weight._version))
+                    self._homes.append((weight, home, _version(weight)))
                 _joined(networks, device)
         except BaseException:
             self.leave()
@@ -113,12 +115,19 @@ class _Guests:
     def leave(self) -> None:
         """Back to the CPU."""
         with _as_weights():
-            for weight, home, version in self._homes:
-                if weight._version != version:
-                    home.copy_(weight.data)
-                weight.data = home
-        self._homes.clear()
+            while self._homes:
+                weight, home, version = self._homes.pop()
+                same = version is not None and _version(weight) == version
+                weight.data = home if same else weight.data.to(home.device)
         torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often a weight was changed in place; None where it was made in inference mode, and nobody counts."""
+    try:
+        return weight._version
+    except RuntimeError:
+        return None
 
 
 @contextmanager

@@ -51,10 +51,12 @@ class Made(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What is left of a row that was denoised, then failed: why, and its latents as ``decoding.save`` writes them."""
+    """What is left of a row that was denoised, then failed: why, its latents as ``decoding.save`` writes them, and the
+    flags of the model that decodes them."""
 
     why: str
     latents: bytes
+    flags: list[str]
 
 
 Done = Callable[[Row, Made | Left | str], None]
@@ -117,8 +119,8 @@ def _denoised(model: VideoModel, request: SampleRequest, offload: Offload) -> Dr
 def _finish(row: Row, draft: Draft, chunks: Queue, source: ModelSource, suffix: str, done: Done) -> None:
     outcome = _tried(lambda: _encoded(draft, _taken(chunks), source, suffix))
     if isinstance(outcome, str):
-        latents = _tried(lambda: _latents(draft))  # a device that failed may not give them back
-        outcome = outcome if isinstance(latents, str) else Left(outcome, latents)
+        with suppress(OSError, RuntimeError):  # a device that failed may not give them back, a full disk not take them
+            outcome = Left(outcome, _latents(draft), source.words())
     done(row, outcome)
 
 

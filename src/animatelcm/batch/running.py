@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +63,9 @@ def run(
             latents = out / f"{row.number:06}{LATENTS}"
             if isinstance(outcome, Left):
                 _save(outcome.latents, latents)
-                outcome = f"{outcome.why}; its latents are in {latents}, from where animatelcm decode goes on"
+                words = ["animatelcm", "decode", str(latents), *outcome.flags]
+                words += ["--out", str(out / plans[row.number][1]["file"])]
+                outcome = f"{outcome.why}; its latents are in {latents}; this goes on from there: {shlex.join(words)}"
             if isinstance(outcome, str):
                 LOG.warning("row %d: %s", row.number, outcome)
                 record = {"row": row.number, "prompt": row.prompt, "error": outcome}

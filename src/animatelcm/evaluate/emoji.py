@@ -29,7 +29,7 @@ from animatelcm.data.sprites import CLIP_FRAMES, SpritePack
 from animatelcm.evaluate import steered
 from animatelcm.evaluate.bootstrap import average, ends
 from animatelcm.evaluate.judge import Judge, Progress, Protocol, silent
-from animatelcm.evaluate.paired import keep_samples
+from animatelcm.evaluate.paired import keep_samples, samples_path
 from animatelcm.evaluate.prompts import SHEET, prompts
 from animatelcm.evaluate.report import Kind, Row, Steer, facts_hash, read_row, row_path, write_row
 from animatelcm.evaluate.takes import Take, keep_clips
@@ -129,7 +129,8 @@ def evaluate(
     """One row for every setting and kind of prompt, written to ``out / "rows"`` as soon as it is measured, and beside
     it what each clip brings to its figures, by which rows are told apart (``paired``).
 
-    A row of the same model and protocol that lies there is taken as it is; ``force`` replaces those of others.
+    A row of the same model and protocol that lies there is taken as it is; ``force`` replaces those of others, and of
+    earlier versions, which did not keep what clips bring.
     ``ceilings`` adds what the measurement itself is worth: rows of the real clips of the prompts, and of these
     through the model's autoencoder, the best that a network could reach with it. ``label`` names the model in rows.
 
@@ -183,10 +184,11 @@ def _kept(path: Path, about: dict[str, str], force: bool) -> Row | None:
     if not path.is_file():
         return None
     row = read_row(path)
-    if all(getattr(row, name) == about[name] for name in ("fingerprint", "protocol")):
-        return row
-    if force:
+    same = all(getattr(row, name) == about[name] for name in ("fingerprint", "protocol"))
+    if force and not (same and samples_path(path).is_file()):
         return None
+    if same:
+        return row
     raise ValueError(f"{path} is of another model or protocol; choose another folder, or --force to replace it")
 
 

@@ -166,10 +166,6 @@ class Judge:
             self.progress(title, done, total)
         return torch.stack(rows)
 
-    def fvd_like(self, clips: Sequence[np.ndarray]) -> float:
-        """The distance of clips, uint8 (16, H, W, 3) each, to the real reference."""
-        return self._distance(self._features(clips, "features", len(clips)))
-
     def _distance(self, features: Tensor) -> float:
         return frechet_distance(gaussian(features), self.reference.real)
 

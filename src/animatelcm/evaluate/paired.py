@@ -7,6 +7,7 @@ evaluation's folder has the features of the real clips.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from animatelcm.evaluate.judge import DRAWS
 from animatelcm.evaluate.report import COLUMNS, STEERED, Row, facts_hash, read_row, row_path
 from animatelcm.weights.files import read_metadata, read_safetensors, write_safetensors
 
+LOG = logging.getLogger(__name__)
 SHARES = ("concept_accuracy", "motion_accuracy")
 
 
@@ -82,13 +84,16 @@ def compare(first: Path, second: Path) -> Pair:
 
 def to_first(out: Path, rows: Sequence[Row]) -> list[Pair]:
     """Each row of an evaluation's folder less the first of its kind; rows without what their clips bring, as earlier
-    versions left them, are passed over."""
+    versions left them, are passed over, and those that cannot be compared are told of."""
     pairs, firsts = [], {}
     for row in rows:
         path = row_path(out, row.kind, row.setting)
-        if samples_path(path).is_file():
-            first = firsts.setdefault(row.kind, path)
-            pairs += [compare(first, path)] if first != path else []
+        if not samples_path(path).is_file() or (first := firsts.setdefault(row.kind, path)) == path:
+            continue
+        try:
+            pairs.append(compare(first, path))
+        except ValueError as error:
+            LOG.warning("%s", error)
     return pairs
 
 
@@ -122,7 +127,7 @@ def _read(path: Path) -> _Kept:
         raise ValueError(f"there is no row {path}; give files that eval emoji wrote: OUT/rows/SETTING.json")
     row, beside = read_row(path), samples_path(path)
     if not beside.is_file():
-        raise ValueError(f"{path} lacks {beside.name}, what its clips bring; remove the row to have it measured again")
+        raise ValueError(f"{path} lacks {beside.name}, what its clips bring; measure it again (eval emoji --force)")
     about = read_metadata(beside)
     if any(about.get(name) != getattr(row, name) for name in ("fingerprint", "protocol")):
         raise ValueError(f"{beside} is of another row than {path.name}; remove both to have them measured again")

@@ -127,12 +127,12 @@ class Study:
         write_json(summary(rows, protocol.facts, emoji.versions()), folder / "report.json")
         return rows
 
-    def less(self, first: tuple[str, Row], second: tuple[str, Row]) -> Pair:
-        """The figures of the first row less those of the second, paired by prompt: each with the name of its ``rows``.
+    def less(self, row: tuple[str, Row], other: tuple[str, Row]) -> Pair:
+        """The figures of a row less those of another, paired by prompt: each with the name of its ``rows``.
 
         Raises ValueError where what a row's clips bring is not there, as earlier versions left it.
         """
-        return compare(*(row_path(self.out / name, row.kind, row.setting) for name, row in (second, first)))
+        return compare(*(row_path(self.out / name, row.kind, row.setting) for name, row in (other, row)))
 
     def sheet(
         self, name: str, shown: Mapping[str, tuple[ModelSource, str]], *, style_truth: str = "", steer: Steer = ""
