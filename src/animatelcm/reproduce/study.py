@@ -48,7 +48,7 @@ class Sizes:
     """Stage 2 of the ablations, 4 clips each."""
     adapter_steps: int = 120
     """A LoRA of an adapter without a teacher, 4 clips each."""
-    rounds: int = 5
+    rounds: int = 9
     """Of timings."""
     quick: bool = False
     """Too small for figures that mean anything: what is written says so."""
