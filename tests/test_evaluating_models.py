@@ -72,7 +72,7 @@ def test_rows_of_two_models_are_told_apart_by_their_files(model, four_concepts, 
     for few in ([], [first]):
         assert f"{len(few)} rows are no pair; give two or more" in fails(["compare", *few], capsys)
     assert "there is no row" in fails(["compare", first, tmp_path], capsys)
-    run([*words, tmp_path / "c", "--real", "5"], capsys)
+    run([*words, tmp_path / "c", "--real", "5", "--settings", "lcm@1"], capsys)
     (other,) = (tmp_path / "c" / "rows").glob("*.json")
     assert "measure both rows by the same flags" in fails(["compare", first, other], capsys)
 
