@@ -192,6 +192,23 @@ def test_scores_come_with_their_interval_and_remarks(tmp_path):
     assert found.all("p", "remark")[0]["text"] == "n = 3 <b>"
 
 
+def test_pairs_of_rows_say_how_far_they_are_apart(tmp_path):
+    evaluation(tmp_path, rows("lcm@1", "lcm@4"))
+    report = json.loads((tmp_path / "report.json").read_text()) if (tmp_path / "report.json").is_file() else {}
+    figures = {
+        "fvd_like": {"value": -35.04, "deviation": 16.2},
+        "concept_accuracy": {"value": 0.18, "deviation": 0.031},
+    }
+    named = {"first": {"model": "<m>", "setting": "lcm@1"}, "second": {"model": "<m>", "setting": "lcm@4"}}
+    report["paired"] = [{**named, "kind": "clips", "n": 64, "figures": figures}]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    found = shown(tmp_path)
+    (body,) = [about for about in found.all("tbody") if " less " in about["text"]]
+    assert [about["text"] for about in found.all("th", within=body)] == ["<m> lcm@4 less <m> lcm@1"]
+    said = [about["text"].replace(" \N{PLUS-MINUS SIGN} ", "/") for about in found.all("td", within=body)]
+    assert said == ["clips", "-35/16", "+18/3.1"]
+
+
 def test_claims_come_first_and_say_what_holds(tmp_path):
     evaluation(tmp_path / "runs" / "a", rows("lcm@1"))
     claim = {"claim": "few steps suffice", "source": "table 1", "paper": 184.2, "ours": "12", "n": 64, "note": "<i>"}

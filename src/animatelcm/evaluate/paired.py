@@ -18,11 +18,10 @@ from animatelcm.data.emoji import Shot
 from animatelcm.evaluate.bootstrap import Difference, average, paired
 from animatelcm.evaluate.frechet import Gaussian, distances, gaussian
 from animatelcm.evaluate.judge import DRAWS
-from animatelcm.evaluate.report import COLUMNS, STEERED, Row, facts_hash, read_row, row_path
+from animatelcm.evaluate.report import COLUMNS, SHARES, STEERED, Row, facts_hash, read_row, row_path
 from animatelcm.weights.files import read_metadata, read_safetensors, write_safetensors
 
 LOG = logging.getLogger(__name__)
-SHARES = ("concept_accuracy", "motion_accuracy")
 
 
 class Pair(NamedTuple):

@@ -97,6 +97,8 @@ STEERED = {
     "warped_difference": "warped difference",
 }
 """Columns of rows that have them."""
+SHARES = ("concept_accuracy", "motion_accuracy")
+"""Of frames and of clips: what differences have points of, a hundred to one."""
 
 
 def table(rows: Sequence[Row], *, mixed: bool = False) -> str:

@@ -21,6 +21,7 @@ from animatelcm.page.sections import Section
 from animatelcm.page.tables import (
     Measured,
     claims_table,
+    pairs_table,
     rows_by_protocol,
     rows_table,
     score_tables,
@@ -125,6 +126,7 @@ def _section(section: Section, names: dict[Path, str], titled: bool, address: Ad
         claims_table(section.claims) if section.claims else None,
         [scores_table(some) for some in score_tables(section.scores)],
         rows if plotted else _folded(f"{_count(len(section.rows), 'row')} of figures", rows),
+        pairs_table(section.pairs) if section.pairs else None,
         grids,
         _pictures(section.pictures, address),
         id=names[section.folder],

@@ -28,6 +28,8 @@ class Section:
     rows: list[Row] = field(default_factory=list)
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Facts by their hash, as far as they are known."""
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+    """As ``evaluate.paired.Pair.to_json`` has them."""
     scores: list[dict[str, Any]] = field(default_factory=list)
     """As ``Score.to_json`` has them; "of" says what was scored, where a file tells several apart."""
     claims: list[dict[str, Any]] = field(default_factory=list)
@@ -94,6 +96,7 @@ def _section(folder: Path, title: str) -> Section:
         title=str(claims.get("title") or title),
         rows=sorted(_rows(folder, report), key=_place),
         protocols=_protocols(report),
+        pairs=_pairs(report, folder / REPORT),
         scores=scores,
         claims=_objects(claims.get("rows", []), folder / CLAIMS, "claim"),
         clips=clips,
@@ -123,6 +126,19 @@ def _protocols(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     said = report.get("protocol")
     facts = {name: value for name, value in said.items() if name != "hash"} if isinstance(said, dict) else {}
     return {said["hash"]: facts} if facts and facts_hash(facts) == said.get("hash") else {}
+
+
+def _pairs(report: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The differences of rows that a report has."""
+    found = _objects(report.get("paired", []), path, "figures")
+    for pair in found:
+        objects = [pair["figures"], pair.get("first"), pair.get("second")]
+        figures = objects[0].values() if isinstance(objects[0], dict) else ()
+        numbers = [each.get(name) for each in figures if isinstance(each, dict) for name in ("value", "deviation")]
+        known = all(isinstance(number, int | float) for number in numbers) and len(numbers) == 2 * len(figures)
+        if not known or not all(isinstance(each, dict) for each in objects):
+            raise ValueError(f"{path} holds pairs of rows without values and deviations; have it written again")
+    return found
 
 
 def _scores(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

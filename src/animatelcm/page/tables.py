@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from animatelcm.evaluate.report import COLUMNS, STEERED, Row, command, shown
+from animatelcm.evaluate.report import COLUMNS, SHARES, STEERED, Row, command, shown
 from animatelcm.page.markup import Markup, tag
 
 NAMES = ("model", "kind", "setting")
@@ -84,6 +84,26 @@ def _more_of(one: Measured) -> Markup:
 
 def _counts(missed: Mapping[str, int]) -> str:
     return ", ".join(f"{pair.replace('->', chr(0x2192))} {count}" for pair, count in missed.items())
+
+
+def pairs_table(pairs: Sequence[Mapping[str, Any]]) -> Markup:
+    """How far rows lie above others, paired by prompt: a figure's difference with its standard deviation."""
+    names = [name for name in COLUMNS | STEERED if any(name in pair["figures"] for pair in pairs)]
+    titles = [(COLUMNS | STEERED)[name] + ", points" * (name in SHARES) for name in names]
+    heads = [_head("kind"), _head("difference"), *(_head(title, True) for title in titles)]
+    bodies = []
+    for pair in pairs:
+        rows = (pair["second"], pair["first"])
+        both = " less ".join(f"{row.get('model', '')} {row.get('setting', '')}".strip() for row in rows)
+        cells = [_cell(str(pair.get("kind", "")), str(pair.get("kind", ""))), _cell(both, both, head=True)]
+        for name in names:
+            found, scale = pair["figures"].get(name), 100 if name in SHARES else 1
+            value, deviation = (scale * found[which] for which in ("value", "deviation")) if found else (None, None)
+            said = f"{value:+.3g} \N{PLUS-MINUS SIGN} {deviation:.2g}" if found else "-"
+            cells.append(_cell(value, said, number=True))
+        bodies.append(_body(cells, None, len(cells)))
+    said = "Paired by prompt: differences with their standard deviations, were the prompts others."
+    return tag("div", _figures(heads, bodies), tag("p", said, class_="soft"))
 
 
 def score_tables(scores: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
