@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -218,14 +218,19 @@ def rescued(draft: Draft, path: Path, source: ModelSource) -> Iterator[None]:
         kept = path.with_name(path.stem + SUFFIX)
         try:
             save(draft, kept)
-            words = ["animatelcm", "decode", str(kept), *source.words(), "--out", str(path)]
-            how = f"its latents are in {kept}; this goes on from there: {shlex.join(words)}"
+            how = goes_on(kept, source.words(), path)
         except (OSError, RuntimeError) as other:  # a device that failed may not give them back
             how = f"its latents could not be kept either ({other})"
         if isinstance(error, ValueError | OSError):
             raise ValueError(f"{error}; {how}") from error
         error.add_note(how)
         raise
+
+
+def goes_on(kept: Path, flags: Sequence[str], out: Path) -> str:
+    """Where latents are, and the line that makes ``out`` of them, with the flags of their model."""
+    words = ["animatelcm", "decode", str(kept), *flags, "--out", str(out)]
+    return f"its latents are in {kept}; this goes on from there: {shlex.join(words)}"
 
 
 def save(draft: Draft, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from animatelcm import decoding
 from animatelcm.batch import manifest
 from animatelcm.batch.engine import About, Engine, Left, Made, is_full
 from animatelcm.batch.rows import Row
-from animatelcm.decoding import SUFFIX as LATENTS
 from animatelcm.images import replacing
 from animatelcm.request import unused
 
@@ -60,12 +59,11 @@ def run(
 
         def done(row: Row, outcome: Made | Left | str) -> None:
             nonlocal made, failed
-            latents = out / f"{row.number:06}{LATENTS}"
+            latents = out / f"{row.number:06}{decoding.SUFFIX}"
             if isinstance(outcome, Left):
                 _save(outcome.latents, latents)
-                words = ["animatelcm", "decode", str(latents), *outcome.flags]
-                words += ["--out", str(out / plans[row.number][1]["file"])]
-                outcome = f"{outcome.why}; its latents are in {latents}; this goes on from there: {shlex.join(words)}"
+                file = out / plans[row.number][1]["file"]
+                outcome = f"{outcome.why}; {decoding.goes_on(latents, outcome.flags, file)}"
             if isinstance(outcome, str):
                 LOG.warning("row %d: %s", row.number, outcome)
                 record = {"row": row.number, "prompt": row.prompt, "error": outcome}
