@@ -180,7 +180,10 @@ def test_a_full_size_picture_is_animated_under_a_controlnet(files, tmp_path):
         sys.stdout.write(f"\none step of two frames, {'steered' if steered == '1' else 'plain'}: {made}\n")
         assert made["shape"] == [2, 512, 512, 3]
 
-    latents = {name: torch.load(tmp_path / f"{name}.pt") for name in ("plain", "image", "control", "both", "neither")}
+    latents = {
+        name: torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        for name in ("plain", "image", "control", "both", "neither")
+    }
     plain = latents["plain"]
     assert plain.isfinite().all()
     for one, two in combinations(("plain", "image", "control", "both"), 2):
@@ -188,4 +191,4 @@ def test_a_full_size_picture_is_animated_under_a_controlnet(files, tmp_path):
         sys.stdout.write(f"latents, {one} against {two}: {apart:.1e} of their spread apart\n")
         assert apart > 1e-4
     assert torch.equal(latents["neither"], plain)
-    assert not torch.equal(*(torch.load(tmp_path / f"frames_{steered}.pt") for steered in "01"))
+    assert not torch.equal(*(torch.load(tmp_path / f"frames_{steered}.pt", weights_only=True) for steered in "01"))
