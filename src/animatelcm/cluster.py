@@ -59,7 +59,7 @@ class Worker:
         dtype = best_dtype(self._precision, device)
         options = {"dtype": dtype, "offload": self._offload, "adapters": self._adapters}
         model = load_for(self._source, device=device, keep=False, **options)
-        model.compile = self._compiled
+        model.compile_as(self._compiled)
         self._engine = batch.here(model, self._source, self._offload)
         return batch.about(model)
 

@@ -153,7 +153,7 @@ class Bench:
         case = workload.Case(size=size, **asked)
         dtype = best_dtype(self.precision, device)
         model = workload.subject(self.model, device, dtype, adapters=bool(self.steer))
-        model.compile = self.compile
+        model.compile_as(self.compile)
         report = comparison.compare(model, case, rounds=self.rounds, compiled=self.compiled, process=self.process)
         say(json.dumps(report) if self.json else tables.table(report))
 

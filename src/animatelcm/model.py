@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from animatelcm.model_source import Compile
+from animatelcm.nets import openvino
 from animatelcm.nets.autoencoder import Autoencoder
 from animatelcm.nets.bands import decode_in_bands
 from animatelcm.nets.graphs import Graphs
@@ -84,11 +85,12 @@ class VideoModel:
     decoder: AutoencoderTiny | None = None
     """What draws latents in place of ``vae``; it is not saved with the model."""
     compile: Compile = "auto"
-    """How the UNet is called for inference; "full" takes minutes at the first call of a shape."""
+    """How the UNet is called for inference; at the first call of a shape "full" takes minutes, "openvino" seconds."""
     runs_on: torch.device | None = None
     """Where networks are brought for their work, if they take turns there (``memory.take_turns``)."""
 
     _graphs: Graphs = field(default_factory=Graphs, init=False, repr=False, compare=False)
+    _on_cpu: openvino.Compiled = field(default_factory=openvino.Compiled, init=False, repr=False, compare=False)
     _compiled: dict[int, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -114,9 +116,17 @@ class VideoModel:
         self.teacher_motion = {name: value.to(device) for name, value in self.teacher_motion.items()}
         return self
 
+    def compile_as(self, how: Compile) -> None:
+        """Call the UNet that way from now on. Raises ValueError where it cannot be called so here."""
+        if how == "openvino":
+            openvino.check(self.unet)
+        self.compile = how
+
     def predict(self, x: Tensor, t: Tensor, text: Tensor, **options: Any) -> Tensor:  # noqa: ANN401 - the UNet's own
         """What ``unet`` says of noisy latents, called as ``compile`` has it; its arguments, for inference alone."""
         network = self.unet
+        if self.compile == "openvino":
+            return self._on_cpu(network, x, t, text, **options)
         if self.compile == "full":
             if id(network) not in self._compiled:
                 self._compiled = {id(network): torch.compile(network)}
@@ -127,8 +137,9 @@ class VideoModel:
             return self._graphs(network, x, t, text, **options)
 
     def forget_graphs(self) -> None:
-        """Drop the evaluations that were recorded on the device, and free their memory."""
+        """Drop the evaluations that were recorded on the device, or compiled for it, and free their memory."""
         self._graphs.forget()
+        self._on_cpu.forget()
 
     @contextmanager
     def exact(self) -> Iterator[None]:

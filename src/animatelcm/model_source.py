@@ -14,8 +14,9 @@ Target = Literal["diffusers", "checkpoint", "animatediff", "kohya", "peft", "bun
 """Formats of weights that can be written."""
 Offload = Literal["auto", "none", "model"]
 """Where networks wait while others work: beside them, or (model) on the CPU; auto: there where memory is short."""
-Compile = Literal["auto", "none", "full"]
-"""How the UNet is called: as it is (none), on a GPU as CUDA graphs (auto), fused by torch.compile too (full)."""
+Compile = Literal["auto", "none", "full", "openvino"]
+"""How the UNet is called: as it is (none), on a GPU as CUDA graphs (auto), fused by torch.compile too (full), on a CPU
+compiled by OpenVINO (openvino)."""
 Precision = Literal["auto", "fp16", "bf16", "fp32"]
 """Numbers that networks compute with; auto: fp16 on CUDA, else fp32. Latents and schedule are always fp32."""
 

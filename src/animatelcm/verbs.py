@@ -44,7 +44,7 @@ class Generate:
     """Numbers that networks compute with; auto: fp16 on CUDA, else fp32."""
     compile: Compile = "auto"
     """none: networks are called as they are; auto: as CUDA graphs on a GPU; full: fused by torch.compile too, which
-    takes minutes at first."""
+    takes minutes at first; openvino: compiled for the CPU, seconds at first, for many videos of one size."""
     force: bool = False
     """Replace files that exist."""
     json: bool = False
@@ -67,7 +67,7 @@ class Generate:
             adapters = request.adapter_names()
             options = {"offload": self.offload, "precision": self.precision, "adapters": adapters}
             model = load(self.source, self.device, keep=False, **options)
-            model.compile = self.compile
+            model.compile_as(self.compile)
             request = request.resolved(model.facts, model.downscale)
             fps = request.fps or model.facts.fps
             video.check_path(targets[0], overwrite=self.force, num_frames=request.num_frames, fps=fps)
@@ -163,7 +163,7 @@ class Batch:
     memory is short."""
     compile: Compile = "auto"
     """none: networks are called as they are; auto: as CUDA graphs on a GPU; full: fused by torch.compile too, which
-    takes minutes at first."""
+    takes minutes at first; openvino: compiled for the CPU, seconds at first, for many videos of one size."""
     force: bool = False
     """Replace videos that no manifest tells of."""
     json: bool = False
@@ -209,7 +209,7 @@ class Batch:
             from animatelcm import batch
 
             model = load(self.source, keep=False, **options)
-            model.compile = self.compile
+            model.compile_as(self.compile)
             yield batch.about(model), batch.here(model, self.source, self.offload)
 
 

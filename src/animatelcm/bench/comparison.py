@@ -160,7 +160,7 @@ def _report(
 
     ``weights_bytes``: what is loaded. ``peak_bytes_<phase>``: tensors beyond that at most, ours with the graphs of its
     evaluations made anew. ``process_bytes``: what a process of this side alone takes from prompt to frames, weights and
-    all that torch's allocator holds for it; not what the driver and libraries take by themselves.
+    all that torch's allocator holds for it; not what the driver and libraries take by themselves, as OpenVINO does.
     """
     ratios = {
         f"{phase}_speedup_vs_{rival}": timings[rival].median / timings["ours"].median

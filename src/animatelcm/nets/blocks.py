@@ -49,7 +49,7 @@ class ResnetBlock(nn.Module):
 
     def fold(self, emb: Tensor) -> list[Shift] | list[Tensor]:
         """As ``remember``, for each of B timesteps by itself; with the convolution's bias where that is plain."""
-        shift, kept = self.remember(emb), {}
+        shift, kept = self.remember(emb), fused.Kept()
         if type(self.conv1) is not nn.Conv2d or type(self.conv2) is not nn.Conv2d:
             return list(shift.split(1))
         return [Shift(bias, kept) for bias in (shift.flatten(1) + self.conv1.bias).split(1)]

@@ -47,8 +47,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-Kept = dict[Tensor, list[Tensor]]
-"""Kernels that a convolution computes with in place of its weight, by the weight, once they were used."""
+class Kept(dict[Tensor, list[Tensor]]):
+    """Kernels that a convolution computes with in place of its weight, by the weight, once they were used."""
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, kept: Kept) -> Tensor:
@@ -172,5 +172,6 @@ def _onednn(x: Tensor) -> bool:
         and x.dtype in CPU_TYPES
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
     )

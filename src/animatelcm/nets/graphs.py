@@ -11,6 +11,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from animatelcm.nets.fused import Kept
+
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A call, which was made before -> what repeats it, and the tensor that its result is in then."""
 MOST = 8
@@ -70,11 +72,11 @@ class Graphs:
         return Graphs, ()
 
     def __call__(self, network: nn.Module, x: Tensor, *arguments: object, **options: object) -> Tensor:
-        places, given = _places(network), ((x, *arguments), options)
+        places, given = [tensor.data_ptr() for tensor in weights(network)], ((x, *arguments), options)
         if places != self._places:
             self.forget()
             self._places = places
-        key = _outline(given)
+        key = outlined(given)
         if key not in self._known:
             self._known[key] = None
             if len(self._known) > MOST:
@@ -84,7 +86,7 @@ class Graphs:
         if made is None:
             self._known[key], result = self._made(network, given)
             return result
-        torch._foreach_copy_(made.inputs, list(_tensors(given)))
+        torch._foreach_copy_(made.inputs, list(tensors(given)))
         made.replay()
         return made.result.clone()
 
@@ -99,8 +101,8 @@ class Graphs:
     def _made(self, network: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[_Recorded, Tensor]:
         """A graph of a call, and what the call returned. It is made on the tensors that the graph will read, so that
         nothing is used in a recording for the first time."""
-        held = [tensor.clone() for tensor in _tensors(given)]
-        arguments, options = _with(given, iter(held))
+        held = [tensor.clone() for tensor in tensors(given)]
+        arguments, options = with_tensors(given, iter(held))
 
         def call() -> Tensor:
             return network(*arguments, **options)
@@ -116,42 +118,45 @@ def forget_all() -> bool:
     return any(held)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors(value: object) -> Iterator[Tensor]:
+    """All tensors of a structure of lists, tuples and dictionaries, but what layers keep of weights for oneDNN."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict | list | tuple):
+    elif isinstance(value, dict | list | tuple) and not isinstance(value, Kept):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
-def _with(value: Any, tensors: Iterator[Tensor]) -> Any:  # noqa: ANN401 - the same structure
-    """The same structure with other tensors, in the order of ``_tensors``."""
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:  # noqa: ANN401 - the same structure
+    """The same structure with other tensors, in the order of ``tensors``."""
     if isinstance(value, Tensor):
         return next(tensors)
-    if isinstance(value, dict):
-        return {key: _with(part, tensors) for key, part in value.items()}
+    if isinstance(value, dict) and not isinstance(value, Kept):
+        return {key: with_tensors(part, tensors) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        parts = [_with(part, tensors) for part in value]
+        parts = [with_tensors(part, tensors) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
-def _outline(value: object) -> Hashable:
+def outlined(value: object) -> Hashable:
     """All of a structure but the numbers in its tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device
+    if isinstance(value, Kept):
+        return Kept
     if isinstance(value, dict):
-        return tuple((key, _outline(part)) for key, part in value.items())
+        return tuple((key, outlined(part)) for key, part in value.items())
     if isinstance(value, list | tuple):
-        return tuple(_outline(part) for part in value)
+        return tuple(outlined(part) for part in value)
     return value
 
 
-def _places(network: nn.Module) -> list[int]:
-    """Where a network's weights lie. It is asked at each call: ``network.parameters()`` takes six times as long."""
+def weights(network: nn.Module) -> list[Tensor]:
+    """A network's parameters and buffers. They are asked for at each call: ``parameters()`` takes six times as long."""
     modules, held = [network], []
     for module in modules:  # it grows meanwhile
         held += module._parameters.values()
         held += module._buffers.values()
         modules += [part for part in module._modules.values() if part is not None]
-    return [tensor.data_ptr() for tensor in held if tensor is not None]
+    return [tensor for tensor in held if tensor is not None]

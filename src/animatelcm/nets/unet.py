@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from animatelcm.nets.blocks import DownStage, MidStage, ResnetBlock, Stage, TransformerBlock, Upsampler, UpStage
+from animatelcm.nets.fused import Kept
 from animatelcm.nets.layers import GroupNorm, Memory, TimeEmbedding
 from animatelcm.nets.motion import MotionConfig, TemporalAttention
 
@@ -233,7 +234,7 @@ class VideoUNet(nn.Module):
         emb, text = self._emb(t, timestep_cond), text.to(self.dtype)
         texts = {m.attn2: m.attn2.fold(text) for m in self.modules() if isinstance(m, TransformerBlock)}
         shifts = {m: m.fold(emb) for m in self.modules() if isinstance(m, ResnetBlock)}
-        kernels = {m: {} for m in self.modules() if isinstance(m, Upsampler)}
+        kernels = {m: Kept() for m in self.modules() if isinstance(m, Upsampler)}
         return [Remembered({m: s[i] for m, s in shifts.items()} | kernels, texts) for i in range(len(t))]
 
     def _emb(self, t: Tensor, timestep_cond: Tensor | None) -> Tensor:
