@@ -194,6 +194,7 @@ def ours(config: TrainConfig, model: VideoModel) -> Side:
     """A step of ``training.train``, without its data, log and checkpoints."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     state = training._fresh_state(config, model)
+    stages.round_frozen(config, model)
     objective = stages.objective(config, model, state)
     module, optimizer = accelerator.prepare(training._Step(model, objective), state.optimizer)
 

@@ -264,3 +264,22 @@ def test_a_folder_of_ones_own_pictures_trains(tmp_path):
     config = _tiny(recipes.base_emoji, tmp_path / "out", steps=1)
     config = replace(config, data=DataConfig(kind="folder", path=tmp_path / "mine", num_frames=1))
     assert (train(config) / "animatelcm.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_compiles_nothing_for_its_samples(tmp_path, monkeypatch):
+    """Through Dynamo, without the compiler behind it, which takes minutes."""
+    seen, compiled = [], torch.nn.Module.compile
+
+    def graph(module, examples):
+        seen.append(len(examples))
+        return module.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled(self, backend=graph, **options))
+    config = replace(recipes.video_lcm_emoji(), model="emoji", steps=2, batch_size=1, warmup_steps=1, sample_every=1)
+    config = replace(config, sample_prompts=("a fox",), data=replace(config.data, length=4, cache=False))
+    plain, fused = (_run(replace(config, out=tmp_path / str(how), compile=how)) for how in (False, True))
+    assert len(seen) == 3  # student, target and teacher, for both steps and all samples
+    moments = [name for name in plain["optimizer"] if name.endswith("exp_avg")]
+    learned, found = (torch.cat([run["optimizer"][name].flatten() for name in moments]) for run in (plain, fused))
+    assert (found - learned).norm() < 1e-3 * learned.norm() > 0

@@ -24,7 +24,16 @@ from animatelcm.ema import Ema
 from animatelcm.weights.files import State, read_safetensors, write_safetensors
 
 KEEP = 2
-MAY_CHANGE = ("out", "steps", "log_every", "save_every", "sample_every", "sample_prompts", "gradient_checkpointing")
+MAY_CHANGE = (
+    "out",
+    "steps",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "sample_prompts",
+    "gradient_checkpointing",
+    "compile",
+)
 """Fields that a resumed run may have of its own; so it may ``gradient_accumulation_steps``, where processes times that
 stays."""
 

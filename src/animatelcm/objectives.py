@@ -57,7 +57,7 @@ def diffusion(
     x_0 = latents(model, batch)
     size, frames = x_0.shape[0], x_0.shape[2]
     captions = dropped(batch.captions, text_dropout, draw("text"))
-    text = model.embed(captions)
+    text = embedded(model, batch, captions)
     t = sent(shifted_draw(model.schedule.num_train_timesteps, size, timestep_shift, draw("timestep")), x_0.device)
     eps = sent(torch.randn(x_0.shape, generator=draw("noise")), x_0.device)
     x_t = model.schedule.add_noise(x_0, eps, t)
@@ -108,7 +108,7 @@ def consistency(
     eps = sent(torch.randn(x_0.shape, generator=draw("noise")), x_0.device)
     t, s = solver.times(index)
     x_t = model.schedule.add_noise(x_0, eps, t)
-    text = model.embed(batch.captions)
+    text = embedded(model, batch, batch.captions)
 
     noise = roles.student(x_t, t, text, motion=motion, clues=seen).float()
     predicted = consistency_function(x_t, noise, t, model.schedule)
@@ -118,7 +118,7 @@ def consistency(
             x_s = renoise(x_0, eps, s, model.schedule)
         else:
             w = torch.rand(size, generator=draw("guidance")) * (config.w_max - config.w_min) + config.w_min
-            texts = torch.cat([model.embed([""]).expand_as(text), text])
+            texts = torch.cat([embedded(model, batch, [""] * size), text])
             both = _both(guiding, x_t, t, texts, motion=motion and guiding is roles.teacher, seen=seen)
             solved = _guided(*both, sent(w, x_0.device), sample=None if guiding is roles.teacher else eps)
             x_s = solver.step(to_x0(x_t, solved, model.schedule.level(t)), solved, index)
@@ -191,6 +191,15 @@ def latents(model: VideoModel, batch: ClipBatch) -> Tensor:
         return sent(batch.latents, model.device)
     assert batch.pixels is not None
     return model.encode(batch.pixels)
+
+
+def embedded(model: VideoModel, batch: ClipBatch, said: Sequence[str]) -> Tensor:
+    """A batch's captions, or empty ones in their places, as text embeddings (B, L, D): those kept, or made now."""
+    if batch.text is None or batch.no_text is None:
+        return model.embed(said) if any(said) else model.embed([""]).expand(len(said), -1, -1)
+    text, no_text = sent(batch.text, model.device), sent(batch.no_text, model.device)
+    spoken = sent(torch.tensor([bool(caption) for caption in said]), model.device)
+    return torch.where(spoken[:, None, None], text, no_text)
 
 
 def dropped(captions: Sequence[str], probability: float, source: torch.Generator) -> list[str]:

@@ -21,7 +21,7 @@ from animatelcm.nets.text_encoder import TextConfig, TextEncoder
 from animatelcm.nets.unet import UNetConfig, VideoUNet
 from animatelcm.roles import Role
 from animatelcm.sources import open_dataset
-from animatelcm.stages import fresh_adapter, with_checkpointing
+from animatelcm.stages import fresh_adapter, rounded, with_checkpointing
 
 GIB = 2**30
 
@@ -74,7 +74,8 @@ class Plan:
     flops: int
     """Multiplications and additions of matrix products, convolutions and attention, of every role."""
     weights_gib: float
-    """Weights, gradients, Adam's two moments, averages, the teacher's temporal layers, all in float32."""
+    """Weights, gradients, Adam's two moments, averages, the teacher's temporal layers: what trains in float32, most of
+    the rest in the run's precision."""
     activations_gib: float
     """What the student's forward pass keeps for the backward pass, taken to be of the run's precision."""
     recomputed_gib: float
@@ -87,9 +88,11 @@ class Plan:
     checkpoint_gib: float
     """On disk: weights, two moments and averages of what trains. Two are kept, and a third while it is written."""
     cache_gib_per_1000: float
-    """On disk: latents of a thousand clips in fp16; 0 where they are not kept."""
+    """On disk: latents of a thousand clips in fp16, and text embeddings of a thousand captions where the text encoder
+    does not train; 0 where they are not kept."""
     cache_gib: float | None
-    """Of all clips; None where the data's folder is not there."""
+    """Of all clips, at most: a caption that comes again in a piece is kept once. None where the data's folder is not
+    there."""
 
     def text(self) -> str:
         """One line a cost."""
@@ -134,12 +137,16 @@ def plan(config: TrainConfig, *, processes: int | None = None) -> Plan:
     teacher = sum(size for name, size in sizes.items() if second and "motion_modules" in name)
     every, updated = sum(sizes.values()), sum(trained.values())
     precision = 1 if config.mixed_precision == "no" else 2
-    weights = 4 * (every + copies * updated + teacher)
-    # Autocast remembers its copy of what trains, and of what is frozen wherever a layer's gradient asks for it.
-    cast = 0 if precision == 1 else 2 * (updated if config.gradient_checkpointing else every)
+    halved = {name: p.numel() for name, p in parameters(role) if precision == 2 and rounded(name, p)}
+    frozen = sum(size for name, size in halved.items() if name not in trained)
+    taught_halved = sum(size for name, size in halved.items() if second and "motion_modules" in name)
+    weights = 4 * (every + copies * updated + teacher) - 2 * (frozen + taught_halved)
+    # Autocast remembers its copy of what trains, and of the rest wherever a layer's gradient asks for it.
+    cast = 0 if precision == 1 else 2 * (updated if config.gradient_checkpointing else every - frozen)
     memory = {"activations_gib": kept / precision, "recomputed_gib": layer / precision, "beside_gib": 4 * beside + cast}
     batch = (processes or int(os.environ.get("WORLD_SIZE", "1"))) * config.gradient_accumulation_steps
-    latents = 2 * inputs[0][0].numel() if config.data.cache else 0
+    x, _, text = inputs
+    kept_clip = 0 if not config.data.cache else 2 * (x[0].numel() + (config.trainable != "image") * text[0].numel())
     clips = 0 if not config.data.cache else _clips(config)
     return Plan(
         global_batch=batch * config.batch_size,
@@ -151,8 +158,8 @@ def plan(config: TrainConfig, *, processes: int | None = None) -> Plan:
         **{name: size / GIB for name, size in memory.items()},
         memory_gib_at_least=(weights + sum(memory.values())) / GIB,
         checkpoint_gib=4 * copies * updated / GIB,
-        cache_gib_per_1000=1000 * latents / GIB,
-        cache_gib=None if clips is None else clips * latents / GIB,
+        cache_gib_per_1000=1000 * kept_clip / GIB,
+        cache_gib=None if clips is None else clips * kept_clip / GIB,
     )
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from animatelcm.config import DataConfig, TrainConfig
-from animatelcm.data import latents, looks
+from animatelcm.data import latents, looks, texts
 from animatelcm.data.batches import Batches, ClipDataset, pixel_batches, with_first, with_maps
 from animatelcm.data.clips import FolderDataset, visible
 from animatelcm.data.emoji import EmojiClips, EmojiImages
@@ -97,26 +97,30 @@ def _maps(config: TrainConfig, dataset: ClipDataset) -> looks.Maps | None:
     return partial(looks.control, dataset, config.adapter.name)
 
 
-# Latents that are kept
+# Latents and text embeddings that are kept
 
 
 def _kept(config: TrainConfig, model: VideoModel, dataset: ClipDataset, rank: int, processes: int) -> Batches:
     folder, kind = config.out / "cache", config.data.kind
-    facts = f"{described(config.data)}/{_reading(model)}"
+    clips = described(config.data)
     with torch.no_grad(), _bar(shown=rank == 0) as progress:
         paths = latents.encode_pieces(
             dataset,
             _thrifty(model),
-            latents.place(folder, kind, facts),
+            latents.place(folder, kind, f"{clips}/{_reading(model)}"),
             at_a_time=max(1, FRAMES // len(dataset[0].frames)),
             workers=2 if config.data.workers is None and kind == "folder" else config.data.workers or 0,
             rank=rank,
             processes=processes,
             progress=progress,
         )
+        if config.trainable != "image":  # else the text encoder trains too
+            place = latents.place(folder, "texts", f"{clips}/{model.fingerprint('text_encoder')}")
+            said = texts.embed_pieces(paths, model.embed, place, rank=rank, processes=processes)
     if isinstance(dataset, FolderDataset):
         dataset.notice(latents.sources(paths))
-    return latents.kept_batches(paths)
+    batches = latents.kept_batches(paths)
+    return batches if config.trainable == "image" else texts.with_text(batches, said)
 
 
 def _thrifty(model: VideoModel) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from animatelcm import objectives
 from animatelcm.assembly import with_temporal_layers
@@ -101,6 +101,33 @@ def _frozen_but(config: TrainConfig, model: VideoModel) -> VideoModel:
     for _, parameter in named_trainable(model, config):
         parameter.requires_grad_(True)
     return model
+
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``mixed_precision`` computes with, where that is not float32."""
+
+
+def rounded(name: str, parameter: Tensor) -> bool:
+    """Whether a frozen weight of the UNet need not be held more exactly than a run computes: a matrix or a kernel of
+    its stages. Norms and biases are small; the layers before and behind the stages say of what type the network is."""
+    return parameter.ndim > 1 and name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
+
+
+@torch.no_grad()
+def round_frozen(config: TrainConfig, model: VideoModel) -> bool:
+    """Hold what is frozen of the UNet, and the teacher's temporal layers, in the numbers that the run computes with:
+    what autocast would make of them at each use, in half of the memory. Returns whether that changed them."""
+    dtype = HALF.get(config.mixed_precision)
+    if dtype is None or all(p.requires_grad for name, p in model.unet.named_parameters() if rounded(name, p)):
+        return False
+    for name, parameter in model.unet.named_parameters():
+        if rounded(name, parameter) and not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    held = model.teacher_motion.items()
+    model.teacher_motion = {name: value.to(dtype) if rounded(name, value) else value for name, value in held}
+    if model.device.type == "cuda":
+        model.unet.join_projections()  # they lie elsewhere now
+    return True
 
 
 def with_checkpointing(network: nn.Module, wanted: bool) -> None:

@@ -69,6 +69,9 @@ def train(config: TrainConfig, *, resume: bool = False, stop_after: int | None =
     state.processes, state.scaler = accelerator.num_processes, accelerator.scaler
     if claim.saved is not None:
         checkpoint.restore(state, claim.saved)
+    stages.round_frozen(config, model)
+    if config.compile:
+        model.unet.compile(dynamic=False)
     _run(config, accelerator, model, state, stop_after, claim.note)
     if state.step < config.steps:
         return None
@@ -104,8 +107,12 @@ def _fresh_state(config: TrainConfig, model: VideoModel) -> TrainState:
         parameters.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     target = Ema(config.consistency.mu, parameters) if config.objective == "consistency" else None
-    start = "/".join(model.fingerprint(part) for part in model.networks)
-    return TrainState(0, parameters, Ema(config.ema_decay, parameters), optimizer, target, start=start)
+    return TrainState(0, parameters, Ema(config.ema_decay, parameters), optimizer, target, start=_start(model))
+
+
+def _start(model: VideoModel) -> str:
+    """What a run began with: the same for the same weights."""
+    return "/".join(model.fingerprint(part) for part in model.networks)
 
 
 def _run(
@@ -260,17 +267,21 @@ def _interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
-    """A sheet of the run's prompts in ``samples/`` of its folder: one row a clip, or one row of images."""
+    """A sheet of the run's prompts in ``samples/`` of its folder: one row a clip, or one row of images. Nothing is
+    compiled for its shapes."""
     data, model = config.data, replace(model, compile="none")  # graphs of weights that change would only take memory
     size: dict[str, int] = {}
     if data.kind == "folder":
         size = {"num_frames": data.num_frames, "width": data.width, "height": data.height}
     elif data.kind == "emoji-images":
         size = {"num_frames": 1}
-    rows = [
-        sample(model, SampleRequest(prompt=prompt, prompt_syntax="plain", seed=i, **size))[0].frames
-        for i, prompt in enumerate(config.sample_prompts)
-    ]
+    half = stages.HALF.get(config.mixed_precision)
+    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    with torch.autocast(model.device.type, half, enabled=half is not None), eager:  # frozen weights are rounded then
+        rows = [
+            sample(model, SampleRequest(prompt=prompt, prompt_syntax="plain", seed=i, **size))[0].frames
+            for i, prompt in enumerate(config.sample_prompts)
+        ]
     path = config.folder / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(exist_ok=True)
     still = len(rows[0]) == 1
@@ -281,7 +292,7 @@ def write_samples(config: TrainConfig, model: VideoModel, step: int) -> Path:
 
 def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> Path:
     """Write the bundle, with what was done to it."""
-    left = stages.result(config, model)
+    left = stages.result(config, _exact(config, model, state))
     clips = state.step * state.processes * config.gradient_accumulation_steps * config.batch_size
     done = {"steps": state.step, "clips": clips, "seconds": round(state.seconds)}
     done |= {"hardware": hardware(), "torch": torch.__version__}
@@ -289,6 +300,19 @@ def _finish(config: TrainConfig, model: VideoModel, state: TrainState) -> Path:
     beside = stages.adapters_left(config)
     save(replace(left, facts=facts), config.folder / "model", dtype=torch.float32, adapters_of=beside)
     return config.folder / "model"
+
+
+def _exact(config: TrainConfig, model: VideoModel, state: TrainState) -> VideoModel:
+    """The model with frozen weights as they were read, where the run has rounded them, beside those that it trained."""
+    if config.mixed_precision == "no":
+        return model
+    found = stages.starting_model(config)
+    if _start(found) != state.start:
+        raise ValueError(
+            f"{config.model} is not what this run began with; put that back, and add --resume to have the model written"
+        )
+    _assign(dict(stages.named_trainable(found, config)), state.parameters)
+    return found
 
 
 def hardware() -> str:

@@ -35,6 +35,10 @@ class ClipBatch:
     """Control maps (B, 3, F, H, W) in [0, 1], where an adapter reads them."""
     first: Tensor | None = None
     """The first frame's pixels (B, 3, H, W) in [-1, 1], where an adapter sees them."""
+    text: Tensor | None = None
+    """What the captions are embedded as, (B, L, D), where that was kept."""
+    no_text: Tensor | None = None
+    """The same of the empty caption, (1, L, D)."""
     sources: tuple[str, ...] = ()
     """Where the clips came from, if that is known."""
 
@@ -42,7 +46,7 @@ class ClipBatch:
         """The same on a device of its own memory, where nobody waits for it (``rng.sent``)."""
         if device.type != "cuda":
             return self
-        named = {name: getattr(self, name) for name in ("pixels", "latents", "maps", "first")}
+        named = {name: getattr(self, name) for name in ("pixels", "latents", "maps", "first", "text", "no_text")}
         moved = {name: sent(x, device) for name, x in named.items() if x is not None}
         return replace(self, **moved)
 

@@ -65,7 +65,7 @@ def encode_pieces(
             calls = [mine[start : start + at_a_time] for start in range(0, len(mine), at_a_time)]
             with prefetched(lambda i, calls=calls: draw(calls[i]), 0, len(calls), workers) as batches:
                 _write(map(batches, range(len(calls))), encode, paths[number], lambda n, done=done: tell(done + n))
-    _wait(paths, lambda: tell(piece * sum(path.is_file() for path in paths)))
+    wait_for(paths, lambda: tell(piece * sum(path.is_file() for path in paths)))
     return paths
 
 
@@ -86,7 +86,9 @@ def _write(
         write_safetensors({"latents": torch.cat(latents)}, partial, said)
 
 
-def _wait(paths: Sequence[Path], tell: Callable[[], None]) -> None:
+def wait_for(paths: Sequence[Path], tell: Callable[[], None] = lambda: None) -> None:
+    """Until all files are there; ``tell`` is called where more of them are than before. Raises ValueError where none
+    has appeared for ``PATIENCE`` seconds."""
     lacking, since = len(paths) + 1, time.monotonic()
     while left := [path for path in paths if not path.is_file()]:
         if len(left) < lacking:
@@ -99,6 +101,12 @@ def _wait(paths: Sequence[Path], tell: Callable[[], None]) -> None:
             )
         time.sleep(_POLL)
     tell()
+
+
+def captions(path: Path) -> list[str]:
+    """Of the clips in a file."""
+    with safe_open(str(path), framework="pt") as file:
+        return json.loads(file.metadata()["captions"])
 
 
 def sources(paths: Sequence[Path]) -> list[str]:
