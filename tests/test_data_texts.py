@@ -15,7 +15,7 @@ from animatelcm.data.batches import ClipBatch
 from animatelcm.data.texts import embed_pieces, with_text
 from animatelcm.rng import generator
 from animatelcm.sources import open_source
-from animatelcm.weights.files import write_safetensors
+from animatelcm.weights.files import read_metadata, read_safetensors, write_safetensors
 
 SAID = [["a fox", "a cat", "a fox"], ["a dog", "a cat", ""]]
 
@@ -118,3 +118,17 @@ def test_another_text_encoder_has_another_place_and_latents_stay(narrow_folder, 
     (latents,) = (path for path in (tmp_path / "cache").iterdir() if not path.name.startswith("texts-"))
     with safe_open(str(latents / "00000.safetensors"), framework="pt") as file:
         assert set(file.keys()) == {"latents"}
+
+
+def test_texts_follow_the_captions_that_latents_have_now(narrow_folder, tmp_path):
+    """A clip that another stood in for, and that can be read now that latents are made again, has its own caption."""
+    config = _config(recipes.style_lora_emoji, narrow_folder, tmp_path)
+    model = stages.starting_model(config)
+    open_source(config, model)
+    (piece,) = (path for path in (tmp_path / "cache").glob("*/*") if not path.parent.name.startswith("texts-"))
+    said = {**read_metadata(piece), "captions": json.dumps(["a walrus", "a kite", "a walrus"])}
+    write_safetensors(read_safetensors(piece), piece, said)
+    found = open_source(config, model).batches(range(3))
+    assert found.captions == ("a walrus", "a kite", "a walrus")
+    with torch.no_grad():
+        torch.testing.assert_close(found.text, model.embed(found.captions), atol=4e-3, rtol=1e-3)  # of fp16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -86,6 +87,15 @@ def test_the_model_that_is_left_has_frozen_weights_as_they_were(recipe, narrow_f
         averages = load_file(last / "ema.safetensors")
         assert all(torch.equal(after[name], averages[f"unet.{name}"]) for name in changed)
     assert len([*(config.folder / "samples").iterdir()]) == 2
+
+
+def test_runs_of_one_process_have_each_their_own_precision(narrow_folder, tmp_path):
+    losses = []
+    for precision in ("no", "bf16", "no"):
+        config = replace(_config(recipes.image_lcm_emoji, narrow_folder, tmp_path / str(len(losses))), steps=1)
+        train(replace(config, mixed_precision=precision))
+        losses.append(json.loads((config.folder / "metrics.jsonl").read_text())["loss"])
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_three_steps_are_one_and_two_bit_for_bit(narrow_folder, tmp_path):

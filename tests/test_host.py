@@ -56,14 +56,17 @@ def _on_device(result: object) -> bool:
     return any(isinstance(each, torch.Tensor) and each.device == META for each in found)
 
 
-def crossings(name: str, frames: int, monkeypatch) -> Crossings:
+def crossings(name: str, frames: int, monkeypatch, **kept: torch.Tensor) -> Crossings:
     monkeypatch.setattr(VideoModel, "fingerprint", lambda self, part: "")  # reads weights, once, before all steps
     config = replace(getattr(recipes, name)(), model="emoji")
     model = stages.starting_model(config).to(META)
     state = training._fresh_state(config, model)
     step = stages.objective(config, model, state)
     batch = ClipBatch(
-        captions=("a parrot", "a fox"), latents=torch.randn(2, 16, frames, 8, 8), maps=torch.rand(2, 3, frames, 64, 64)
+        captions=("a parrot", "a fox"),
+        latents=torch.randn(2, 16, frames, 8, 8),
+        maps=torch.rand(2, 3, frames, 64, 64),
+        **kept,
     )
     model.schedule.level(torch.zeros(1, dtype=torch.long, device=META))  # its tables go there once
     seen = Crossings()
@@ -89,6 +92,14 @@ RECIPES = [
 def test_no_step_asks_the_device_for_a_number(recipe, frames, monkeypatch) -> None:
     """``item``, ``bool`` or an index by a mask fail on this device; what is sent to it goes by pinned memory."""
     seen = crossings(recipe, frames, monkeypatch)
+    assert seen.sent >= 4
+    assert seen.strays == 0
+
+
+@pytest.mark.parametrize(("recipe", "frames"), RECIPES[:3])
+def test_nor_does_one_with_kept_texts_which_asks_no_text_encoder(recipe, frames, monkeypatch) -> None:
+    monkeypatch.setattr(VideoModel, "embed", lambda self, texts: pytest.fail("texts were kept"))
+    seen = crossings(recipe, frames, monkeypatch, text=torch.randn(2, 32, 128), no_text=torch.randn(1, 32, 128))
     assert seen.sent >= 4
     assert seen.strays == 0
 

@@ -25,10 +25,12 @@ def accelerator(config: TrainConfig) -> Accelerator:
     """The door to devices and other processes. Raises ValueError for processes that do not know of each other, and for
     float16 without a GPU."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
 
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError('mixed_precision="fp16" needs a GPU and there is none here; choose "bf16" or "no"')
     alike = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    AcceleratorState._reset_state()  # of this process' run before, whose precision may have been another
     found = Accelerator(
         mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), alike]
     )

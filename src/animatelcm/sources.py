@@ -102,12 +102,11 @@ def _maps(config: TrainConfig, dataset: ClipDataset) -> looks.Maps | None:
 
 def _kept(config: TrainConfig, model: VideoModel, dataset: ClipDataset, rank: int, processes: int) -> Batches:
     folder, kind = config.out / "cache", config.data.kind
-    clips = described(config.data)
     with torch.no_grad(), _bar(shown=rank == 0) as progress:
         paths = latents.encode_pieces(
             dataset,
             _thrifty(model),
-            latents.place(folder, kind, f"{clips}/{_reading(model)}"),
+            latents.place(folder, kind, f"{described(config.data)}/{_reading(model)}"),
             at_a_time=max(1, FRAMES // len(dataset[0].frames)),
             workers=2 if config.data.workers is None and kind == "folder" else config.data.workers or 0,
             rank=rank,
@@ -115,7 +114,8 @@ def _kept(config: TrainConfig, model: VideoModel, dataset: ClipDataset, rank: in
             progress=progress,
         )
         if config.trainable != "image":  # else the text encoder trains too
-            place = latents.place(folder, "texts", f"{clips}/{model.fingerprint('text_encoder')}")
+            captions = [latents.captions(path) for path in paths]
+            place = latents.place(folder, "texts", f"{captions}/{model.fingerprint('text_encoder')}")
             said = texts.embed_pieces(paths, model.embed, place, rank=rank, processes=processes)
     if isinstance(dataset, FolderDataset):
         dataset.notice(latents.sources(paths))
