@@ -93,27 +93,19 @@ def _library() -> ModuleType:
         raise ValueError(f"{missing}: pip install 'animatelcm[openvino]'") from error
 
 
-class _Flat(nn.Module):
-    """A call as a function of its tensors, whatever structure they came in."""
-
-    def __init__(self, network: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        super().__init__()
-        self.network, self._given = network, given
-
-    def forward(self, *given: Tensor) -> Tensor:
-        arguments, options = with_tensors(self._given, iter(given))
-        return self.network(*arguments, **options)
-
-
 def _compiled(network: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> _Compiled:
     library = _library()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
+    def call(*held: Tensor) -> Tensor:
+        arguments, options = with_tensors(given, iter(held))
+        return network(*arguments, **options)
+
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that branches on shapes are taken once and for all, which is what is wanted
         held = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors(given)]
-        traced = torch.jit.trace(_Flat(network, given).eval(), tuple(held), check_trace=False)
+        traced = torch.jit.trace(call, tuple(held), check_trace=False)
         frontend = FrontEndManager().load_by_framework("pytorch")  # a third of the time of openvino.convert_model
         decoder = TorchScriptPythonDecoder(traced, example_input=tuple(held))  # it must outlive the conversion
         model = frontend.convert(frontend.load(decoder))
