@@ -35,6 +35,16 @@ ROW = Row(
     hardware="a machine",
     missed_concepts={"bus -> automobile": 3},
 )
+STUDIED = replace(
+    ROW,
+    n=64,
+    motion_accuracy=0.9,
+    fvd_like=600.0,
+    fvd_floor=450.0,
+    control_error=0.2,
+    intervals={"fvd_like": (580.0, 640.0)},
+)
+"""One of a study's, with an interval."""
 
 
 def request(prompt: str, *, seed: int = 0, steps: int = 4) -> SampleRequest:
