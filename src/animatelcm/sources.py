@@ -113,14 +113,15 @@ def _kept(config: TrainConfig, model: VideoModel, dataset: ClipDataset, rank: in
             processes=processes,
             progress=progress,
         )
+        batches = latents.kept_batches(paths)
         if config.trainable != "image":  # else the text encoder trains too
             captions = [latents.captions(path) for path in paths]
             place = latents.place(folder, "texts", f"{captions}/{model.fingerprint('text_encoder')}")
             said = texts.embed_pieces(paths, model.embed, place, rank=rank, processes=processes)
+            batches = texts.with_text(batches, said)
     if isinstance(dataset, FolderDataset):
         dataset.notice(latents.sources(paths))
-    batches = latents.kept_batches(paths)
-    return batches if config.trainable == "image" else texts.with_text(batches, said)
+    return batches
 
 
 def _thrifty(model: VideoModel) -> Callable[[Tensor], Tensor]:
